@@ -1,0 +1,163 @@
+"""Multi-head latent attention, expanded and absorbed, and the grouped-query attention of the dense family.
+
+Latent attention [V3 eq. 1–11] stores, for each token and layer, one latent c_KV and one rotary key shared by all heads:
+
+- eq. 1–2: c_KV = W_DKV h, then RMS-normalised; the heads' keys without positions are W_UK c_KV;
+- eq. 3–4: k_R = RoPE(W_KR h); a head's key is [W_UK c_KV ; k_R];
+- eq. 5: the heads' values are W_UV c_KV;
+- eq. 6–9: the query is made alike from its own latent c_Q, or straight from h where there is none (V2-Lite);
+- eq. 10–11: softmax attention over the concatenated widths, then W_O.
+
+*Expanded* (training, prefill) computes keys and values of every head and attends to them.  *Absorbed* (decoding) uses
+(W_UK c)·q = c·(W_UKᵀ q): the query is folded into the latent space once, every head reads the same cached latents, and
+W_UV is applied after the sum.  Per new token it reads C + R cached values instead of expanding H (N + V) of them per
+earlier token.  Both give the same result up to rounding, and the tests hold them to it.
+
+Each module has the two stages of the layer: ``project`` (projections, rotation, cache write) and ``attend``.
+
+Legend: T tokens, D model, H heads, N width without and R with rotation, Q = N + R, V value width, C latent,
+B sequences, S queries, L keys, X cached values of a token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.kernels.attention import attention, latent_attention
+from abyssal.model.context import AttentionGroup
+from abyssal.model.norm import RMSNorm
+from abyssal.model.rope import apply_rotation, softmax_scale
+from abyssal.model.step import Step
+from abyssal.precision.linear import Linear, grouped_linear
+from abyssal.precision.recipe import Recipe
+from abyssal.spec.model import LATENT_NORM_EPS, GroupedQueryAttentionSpec, LatentAttentionSpec, ModelSpec
+
+
+class LatentAttention(nn.Module):
+    """MLA of one layer."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        recipe: Recipe,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        assert isinstance(spec.attention, LatentAttentionSpec)
+        self.sizes = sizes = spec.attention
+        self.scale = softmax_scale(spec)
+        hidden, heads, entry = spec.hidden_size, sizes.num_heads, recipe.projection
+        query_width = heads * sizes.qk_head_dim
+        if sizes.q_lora_rank is None:
+            self.q = Linear(hidden, query_width, entry, device, dtype)
+        else:
+            self.q_a = Linear(hidden, sizes.q_lora_rank, entry, device, dtype)
+            self.q_norm = RMSNorm(sizes.q_lora_rank, LATENT_NORM_EPS, device, dtype)
+            self.q_b = Linear(sizes.q_lora_rank, query_width, entry, device, dtype)
+        self.kv_a = Linear(hidden, sizes.cache_values, entry, device, dtype)
+        self.kv_norm = RMSNorm(sizes.kv_lora_rank, LATENT_NORM_EPS, device, dtype)
+        self.kv_b = Linear(sizes.kv_lora_rank, heads * (sizes.qk_nope_head_dim + sizes.v_head_dim), entry, device, dtype)
+        self.out = Linear(heads * sizes.v_head_dim, hidden, entry, device, dtype)
+
+    def _query(self, h_TD: Tensor, step: Step) -> Tensor:
+        """[V3 eq. 6–9]: (T, H, Q), rotary part rotated."""
+        sizes = self.sizes
+        if sizes.q_lora_rank is None:
+            q_TQ = self.q(h_TD, step.queue)
+        else:
+            q_TQ = self.q_b(self.q_norm(self.q_a(h_TD, step.queue)), step.queue)
+        q_THQ = q_TQ.view(len(h_TD), sizes.num_heads, sizes.qk_head_dim)
+        nope, rope = q_THQ.split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], -1)
+        return torch.cat([nope, apply_rotation(rope, step.rotation)], -1)
+
+    def project(self, h_TD: Tensor, layer: int, step: Step) -> tuple[Tensor, Tensor]:
+        """Query (T, H, Q) and this layer's cache entries (T, C + R): normalised latent, rotated key [V3 eq. 1, 3]."""
+        latent, rope = self.kv_a(h_TD, step.queue).split([self.sizes.kv_lora_rank, self.sizes.qk_rope_head_dim], -1)
+        entries_TX = torch.cat([self.kv_norm(latent), apply_rotation(rope, step.rotation)], -1)
+        return self._query(h_TD, step), step.context.write(layer, entries_TX)
+
+    def attend(self, q_THQ: Tensor, entries_TX: Tensor, layer: int, step: Step) -> Tensor:
+        """Attention output (T, D) [V3 eq. 10–11]."""
+        form = self._absorbed if step.context.absorbed else self._expanded
+        parts = [form(q_THQ[group.rows], group, step) for group in step.context.groups(layer, entries_TX)]
+        return self.out(parts[0] if len(parts) == 1 else torch.cat(parts), step.queue)
+
+    def _expanded(self, q: Tensor, group: AttentionGroup, step: Step) -> Tensor:
+        """Keys and values of every head from the latents [V3 eq. 2, 4, 5], then attention: (B·S, H·V)."""
+        sizes, sequences = self.sizes, group.num_sequences
+        latent, rope = group.entries.split([sizes.kv_lora_rank, sizes.qk_rope_head_dim], -1)
+        kv = self.kv_b(latent.contiguous(), step.queue)
+        kv_BLHX = kv.view(sequences, -1, sizes.num_heads, sizes.qk_nope_head_dim + sizes.v_head_dim)
+        nope_BLHN, v_BLHV = kv_BLHX.split([sizes.qk_nope_head_dim, sizes.v_head_dim], -1)
+        rope_BLHR = rope.reshape(sequences, -1, 1, sizes.qk_rope_head_dim).expand(-1, -1, sizes.num_heads, -1)
+        k_BLHQ = torch.cat([nope_BLHN, rope_BLHR], -1)
+        q_BSHQ = q.view(sequences, -1, sizes.num_heads, sizes.qk_head_dim)
+        return attention(q_BSHQ, k_BLHQ, v_BLHV, group.past, self.scale).reshape(len(q), -1)
+
+    def _absorbed(self, q: Tensor, group: AttentionGroup, step: Step) -> Tensor:
+        """W_UK folded into the query, W_UV applied after the sum over latents: (B·S, H·V)."""
+        sizes, rows, heads = self.sizes, len(q), self.sizes.num_heads
+        entry, counts = self.kv_b.entry, [len(q)] * self.sizes.num_heads
+        kv_b_HXC = self.kv_b.weight.view(heads, sizes.qk_nope_head_dim + sizes.v_head_dim, sizes.kv_lora_rank)
+        up_k_HNC, up_v_HVC = kv_b_HXC.split([sizes.qk_nope_head_dim, sizes.v_head_dim], 1)
+        nope, rope = q.split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], -1)
+        by_head = nope.transpose(0, 1).reshape(heads * rows, -1)
+        folded = grouped_linear(by_head, up_k_HNC.transpose(1, 2), counts, entry, step.queue)
+        q_BSHC = torch.cat([folded.view(heads, rows, -1).transpose(0, 1), rope], -1)
+        q_BSHC = q_BSHC.view(group.num_sequences, -1, heads, sizes.cache_values)
+        entries_BLX = group.entries.view(group.num_sequences, -1, sizes.cache_values)
+        latent_BSHC = latent_attention(q_BSHC, entries_BLX, sizes.kv_lora_rank, group.past, self.scale)
+        by_head = latent_BSHC.reshape(rows, heads, -1).transpose(0, 1).reshape(heads * rows, -1)
+        out = grouped_linear(by_head, up_v_HVC, counts, entry, step.queue)
+        return out.view(heads, rows, -1).transpose(0, 1).reshape(rows, -1)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Attention of the dense family; a token's cache entry is its rotated keys and its values, all heads."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        recipe: Recipe,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        assert isinstance(spec.attention, GroupedQueryAttentionSpec)
+        self.sizes = sizes = spec.attention
+        self.scale = softmax_scale(spec)
+        hidden, entry = spec.hidden_size, recipe.projection
+        self.q = Linear(hidden, sizes.num_heads * sizes.head_dim, entry, device, dtype)
+        self.k = Linear(hidden, sizes.num_kv_heads * sizes.head_dim, entry, device, dtype)
+        self.v = Linear(hidden, sizes.num_kv_heads * sizes.head_dim, entry, device, dtype)
+        self.out = Linear(sizes.num_heads * sizes.head_dim, hidden, entry, device, dtype)
+
+    def project(self, h_TD: Tensor, layer: int, step: Step) -> tuple[Tensor, Tensor]:
+        """Rotated query (T, H, Q) and this layer's cache entries (T, 2 · KV heads · head width): keys, values."""
+        sizes, rows = self.sizes, len(h_TD)
+        q_THQ = apply_rotation(self.q(h_TD, step.queue).view(rows, sizes.num_heads, -1), step.rotation)
+        k_THQ = apply_rotation(self.k(h_TD, step.queue).view(rows, sizes.num_kv_heads, -1), step.rotation)
+        entries_TX = torch.cat([k_THQ.reshape(rows, -1), self.v(h_TD, step.queue)], -1)
+        return q_THQ, step.context.write(layer, entries_TX)
+
+    def attend(self, q_THQ: Tensor, entries_TX: Tensor, layer: int, step: Step) -> Tensor:
+        """Attention output (T, D)."""
+        parts = [self._group(q_THQ[group.rows], group) for group in step.context.groups(layer, entries_TX)]
+        return self.out(parts[0] if len(parts) == 1 else torch.cat(parts), step.queue)
+
+    def _group(self, q: Tensor, group: AttentionGroup) -> Tensor:
+        sizes = self.sizes
+        shape = (group.num_sequences, -1, sizes.num_kv_heads, sizes.head_dim)
+        k_BLHQ, v_BLHQ = (part.reshape(shape) for part in group.entries.chunk(2, dim=-1))
+        q_BSHQ = q.view(group.num_sequences, -1, sizes.num_heads, sizes.head_dim)
+        return attention(q_BSHQ, k_BLHQ, v_BLHQ, group.past, self.scale).reshape(len(q), -1)
+
+
+def build_attention(
+    spec: ModelSpec, recipe: Recipe, device: torch.device | str | None, dtype: torch.dtype | None
+) -> LatentAttention | GroupedQueryAttention:
+    """The attention that ``spec`` describes."""
+    kind = LatentAttention if isinstance(spec.attention, LatentAttentionSpec) else GroupedQueryAttention
+    return kind(spec, recipe, device, dtype)

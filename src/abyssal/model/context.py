@@ -1,0 +1,89 @@
+"""How attention sees earlier tokens: the protocol the model needs, and the packed batch that training uses.
+
+The model works on flat tokens.  Which of them belong together, and where their earlier keys come from, is the
+context's business: a packed batch sees only itself, a cache also sees what it has stored.  Attention asks the context
+for groups of equal-shaped sequences, and computes each group as one dense problem.
+
+Legend: T tokens (flat), X cached values of a token in one layer, B sequences of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Sequences of one shape: ``num_sequences`` times the same number of queries, of keys, and of past keys."""
+
+    rows: slice
+    """Its queries in the flat batch, sequence after sequence."""
+    num_sequences: int
+    entries: Tensor
+    """(num_sequences * keys, X): what every token that may be seen has stored, sequence after sequence."""
+    past: int
+    """Keys before the first query of a sequence; query i sees keys 0 .. past + i."""
+
+
+class AttentionContext(Protocol):
+    """What a step hands to attention."""
+
+    positions_T: Tensor
+    """Position of each token in its sequence, int64."""
+    absorbed: bool
+    """Whether latent attention is computed in its absorbed form (decoding) or expanded (training, prefill)."""
+
+    def write(self, layer: int, entries_TX: Tensor) -> Tensor:
+        """Store this step's entries of ``layer``; return what :meth:`groups` is to be given (itself, without cache)."""
+        ...
+
+    def groups(self, layer: int, entries_TX: Tensor) -> Iterator[AttentionGroup]:
+        """The groups that cover all tokens of the step, in order."""
+        ...
+
+
+class PackedBatch:
+    """Sequences laid end to end; each sees itself alone.
+
+    Args:
+        lengths: tokens of each sequence, in order.  Documents packed into one training sequence see one another
+            unless each is listed as a sequence of its own.
+        positions_T: positions; by default each sequence counts from 0.
+        absorbed: compute latent attention in its absorbed form (to check it against the expanded one).
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        positions_T: Tensor | None = None,
+        absorbed: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"lengths: {list(lengths)[:8]} must name at least one sequence, each of one token or more")
+        if positions_T is None:
+            positions_T = torch.cat([torch.arange(length, device=device) for length in lengths])
+        if positions_T.shape != (sum(lengths),):
+            raise ValueError(
+                f"positions_T: shape {tuple(positions_T.shape)} does not fit sequences of {sum(lengths)} tokens in all"
+            )
+        self.lengths = tuple(lengths)
+        self.positions_T = positions_T
+        self.absorbed = absorbed
+
+    def write(self, layer: int, entries_TX: Tensor) -> Tensor:
+        return entries_TX
+
+    def groups(self, layer: int, entries_TX: Tensor) -> Iterator[AttentionGroup]:
+        start = 0
+        for length, run in groupby(self.lengths):
+            count = sum(1 for _ in run)
+            rows = slice(start, start + count * length)
+            yield AttentionGroup(rows, count, entries_TX[rows], past=0)
+            start = rows.stop

@@ -1,0 +1,171 @@
+"""Tokens to experts and back: the protocol that the layer needs, and the dispatcher of a single rank.
+
+A dispatcher has two linear operations, each the adjoint of the other:
+
+- *dispatch* copies each token (and the weight of each choice) to the rows of its K expert slots;
+- *combine* adds each token's K rows up again.
+
+So the backward of dispatch is combine and the backward of combine is dispatch, and a dispatcher implements only the
+two, as ``start`` calls that return a handle, without autograd.  This module wraps them for autograd once, for all.
+
+The routing weight travels with its token and is applied inside the expert (see ``kernels/swiglu.py``), so combine is a
+plain sum that may be taken in parts on the way.  It adds in FP32 at least, over the choices in the order the router
+made them, and rounds once, so that one rank and many ranks compute the same.
+
+Legend: T tokens, D model, K chosen experts, A = T·K rows sorted by slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from abyssal.spec.placement import Placement
+
+Result = TypeVar("Result", covariant=True)
+
+
+class Handle(Protocol[Result]):
+    """Communication under way."""
+
+    def wait(self) -> Result: ...
+
+
+@dataclass(frozen=True)
+class Done(Generic[Result]):
+    """A handle whose result is there already."""
+
+    result: Result
+
+    def wait(self) -> Result:
+        return self.result
+
+
+@dataclass(frozen=True)
+class DispatchPlan:
+    """Where each row goes; made once a layer from the routing, used by dispatch, combine and both backwards."""
+
+    counts: Sequence[int]
+    """Rows of each local expert slot."""
+    order_A: Tensor
+    """Flat index (token · K + choice) of each sorted row."""
+    inverse_A: Tensor
+    """Sorted row of each flat index."""
+    top_k: int
+
+
+class Dispatcher(Protocol):
+    """How tokens reach experts."""
+
+    def plan(self, layer: int, expert_ids_TK: Tensor) -> DispatchPlan:
+        """Map the logical expert ids of ``layer`` to slots and decide where each row goes."""
+        ...
+
+    def start_dispatch(
+        self, x_TD: Tensor, weights_TK: Tensor | None, plan: DispatchPlan
+    ) -> Handle[tuple[Tensor, Tensor | None]]:
+        """Rows (A, D) sorted by local slot, and each row's weight (A,) when weights are given."""
+        ...
+
+    def start_combine(
+        self, rows_AD: Tensor, weights_A: Tensor | None, plan: DispatchPlan
+    ) -> Handle[tuple[Tensor, Tensor | None]]:
+        """The sum of each token's rows (T, D), and each row's weight back in its place (T, K)."""
+        ...
+
+
+class SlotMap:
+    """Logical experts to physical slots.  A replicated expert's tokens take its replicas in turn."""
+
+    def __init__(self, placement: Placement, device: torch.device | str | None = None) -> None:
+        replicas = placement.replica_table()
+        longest = max(len(slots) for slots in replicas)
+        padded = [[slots[i % len(slots)] for i in range(longest)] for slots in replicas]
+        self.num_slots = len(placement.slots)
+        self._slots_ER = torch.tensor(padded, device=device)
+        self._counts_E = torch.tensor([len(slots) for slots in replicas], device=device)
+        self._identity = tuple(placement.slots) == tuple(range(placement.num_experts))
+
+    def __call__(self, expert_ids_TK: Tensor) -> Tensor:
+        """(T, K) physical slots; token t takes replica t modulo the number of replicas."""
+        if self._identity:
+            return expert_ids_TK
+        turns_T1 = torch.arange(len(expert_ids_TK), device=expert_ids_TK.device)[:, None]
+        return self._slots_ER[expert_ids_TK, turns_T1 % self._counts_E[expert_ids_TK]]
+
+
+class LocalDispatcher:
+    """All experts on this rank: dispatch is a gather of rows, combine a sum of K rows.
+
+    Args:
+        placements: the placement of each MoE layer's experts.
+    """
+
+    def __init__(self, placements: Mapping[int, Placement], device: torch.device | str | None = None) -> None:
+        self._slot_maps = {layer: SlotMap(placement, device) for layer, placement in placements.items()}
+
+    def plan(self, layer: int, expert_ids_TK: Tensor) -> DispatchPlan:
+        slot_map = self._slot_maps[layer]
+        slots_A = slot_map(expert_ids_TK).flatten()
+        order_A = slots_A.argsort(stable=True)
+        inverse_A = torch.empty_like(order_A)
+        inverse_A[order_A] = torch.arange(len(order_A), device=order_A.device)
+        counts = torch.bincount(slots_A, minlength=slot_map.num_slots).tolist()
+        return DispatchPlan(counts, order_A, inverse_A, expert_ids_TK.shape[1])
+
+    def start_dispatch(
+        self, x_TD: Tensor, weights_TK: Tensor | None, plan: DispatchPlan
+    ) -> Done[tuple[Tensor, Tensor | None]]:
+        rows_AD = x_TD.index_select(0, plan.order_A // plan.top_k)
+        weights_A = None if weights_TK is None else weights_TK.flatten().index_select(0, plan.order_A)
+        return Done((rows_AD, weights_A))
+
+    def start_combine(
+        self, rows_AD: Tensor, weights_A: Tensor | None, plan: DispatchPlan
+    ) -> Done[tuple[Tensor, Tensor | None]]:
+        wide = torch.promote_types(rows_AD.dtype, torch.float32)
+        chosen_TKD = rows_AD.index_select(0, plan.inverse_A).view(-1, plan.top_k, rows_AD.shape[1])
+        sum_TD = chosen_TKD.sum(1, dtype=wide).to(rows_AD.dtype)
+        weights_TK = None if weights_A is None else weights_A.index_select(0, plan.inverse_A).view(-1, plan.top_k)
+        return Done((sum_TD, weights_TK))
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, dispatcher: Dispatcher
+    ) -> tuple[Tensor, Tensor]:
+        ctx.plan, ctx.dispatcher = plan, dispatcher
+        rows_AD, weights_A = dispatcher.start_dispatch(x_TD, weights_TK, plan).wait()
+        assert weights_A is not None
+        return rows_AD, weights_A
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dx_TD, dweights_TK = ctx.dispatcher.start_combine(gradients[0], gradients[1], ctx.plan).wait()
+        return dx_TD, dweights_TK, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_AD: Tensor, plan: DispatchPlan, dispatcher: Dispatcher) -> Tensor:
+        ctx.plan, ctx.dispatcher = plan, dispatcher
+        return dispatcher.start_combine(rows_AD, None, plan).wait()[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.dispatcher.start_dispatch(gradients[0], None, ctx.plan).wait()[0], None, None
+
+
+def dispatch(x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, dispatcher: Dispatcher) -> tuple[Tensor, Tensor]:
+    """Dispatch under autograd, waiting for the result: rows (A, D) and weights (A,)."""
+    return _Dispatch.apply(x_TD, weights_TK, plan, dispatcher)  # type: ignore[no-any-return]
+
+
+def combine(rows_AD: Tensor, plan: DispatchPlan, dispatcher: Dispatcher) -> Tensor:
+    """Combine under autograd, waiting for the result: (T, D)."""
+    return _Combine.apply(rows_AD, plan, dispatcher)  # type: ignore[no-any-return]

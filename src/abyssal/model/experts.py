@@ -1,0 +1,115 @@
+"""Feed-forward layers: SwiGLU, the stacked routed experts, and the mixture of both [V3 eq. 12].
+
+Routed experts are *slots*: tensors stacked by local physical slot, filled from logical experts by a placement.  A hot
+expert may have several slots; :meth:`Experts.load_slots` changes what a slot holds while the model lives.
+
+Legend: D model, F expert hidden (gate and up together in ``w_gate_up_EFD``), E local slots, A rows sorted by slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.kernels.swiglu import swiglu
+from abyssal.model.router import Router
+from abyssal.model.step import Step
+from abyssal.precision.linear import Linear, grouped_linear
+from abyssal.precision.recipe import LinearEntry, Recipe
+from abyssal.spec.model import ModelSpec
+from abyssal.spec.placement import Placement
+
+
+class FFN(nn.Module):
+    """SwiGLU feed-forward: a dense layer's, or the shared experts of a mixture as one."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        entry: LinearEntry,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.gate_up = Linear(hidden_size, 2 * ffn_size, entry, device, dtype)
+        self.down = Linear(ffn_size, hidden_size, entry, device, dtype)
+
+    def forward(self, u_TD: Tensor, step: Step) -> Tensor:
+        return self.down(swiglu(self.gate_up(u_TD, step.queue)), step.queue)
+
+
+class Experts(nn.Module):
+    """The routed experts of one layer on this rank."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        placement: Placement,
+        entry: LinearEntry,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        assert spec.moe is not None
+        hidden, width, slots = spec.hidden_size, spec.moe.expert_ffn_size, len(placement.slots)
+        self.placement = placement
+        self.entry = entry
+        self.w_gate_up_EFD = nn.Parameter(torch.empty(slots, 2 * width, hidden, device=device, dtype=dtype))
+        self.w_down_EDF = nn.Parameter(torch.empty(slots, hidden, width, device=device, dtype=dtype))
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The logical expert of each local slot."""
+        return self.placement.slots
+
+    def forward(self, rows_AD: Tensor, weights_A: Tensor, counts: Sequence[int], step: Step) -> Tensor:
+        """Each row through its slot's expert, times its routing weight: (A, D)."""
+        gate_up = grouped_linear(rows_AD, self.w_gate_up_EFD, counts, self.entry, step.queue)
+        return grouped_linear(swiglu(gate_up, weights_A), self.w_down_EDF, counts, self.entry, step.queue)
+
+    @torch.no_grad()
+    def load_slots(self, placement: Placement, changes: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """Adopt ``placement``, whose number of slots must be the present one.
+
+        Args:
+            placement: what the slots hold from now on.
+            changes: for each slot whose expert changes, its weights (2F, D) and (D, F).
+
+        Raises:
+            ValueError: another number of slots, or a changed slot without weights.  Nothing is changed then.
+        """
+        if len(placement.slots) != len(self.slots):
+            raise ValueError(
+                f"placement: {len(placement.slots)} slots do not fit the {len(self.slots)} that this layer holds"
+            )
+        changed = {slot for slot, expert in enumerate(placement.slots) if expert != self.slots[slot]}
+        if missing := sorted(changed - changes.keys()):
+            raise ValueError(f"changes: slots {missing[:8]} hold another expert from now on; give their weights")
+        for slot, (gate_up_FD, down_DF) in changes.items():
+            self.w_gate_up_EFD[slot].copy_(gate_up_FD)
+            self.w_down_EDF[slot].copy_(down_DF)
+        self.placement = placement
+
+
+class MoE(nn.Module):
+    """Router, routed experts and shared experts of one layer."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        recipe: Recipe,
+        placement: Placement | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        moe = spec.moe
+        assert moe is not None
+        placement = placement or Placement.identity(moe.num_experts)
+        self.router = Router(spec.hidden_size, moe, recipe.gate, device, dtype)
+        self.experts = Experts(spec, placement, recipe.experts, device, dtype)
+        shared_size = moe.num_shared_experts * moe.expert_ffn_size
+        self.shared = FFN(spec.hidden_size, shared_size, recipe.projection, device, dtype) if shared_size else None

@@ -1,0 +1,93 @@
+"""Rotary position embedding and its YaRN extension.
+
+DeepSeek's latent attention rotates interleaved pairs (0,1), (2,3), ...; the Llama layout of the dense family rotates
+halves.  YaRN changes the frequencies of the rotary part only, and enters the softmax scale through
+:func:`softmax_scale` (arXiv 2309.00071; V2 report section 3.1.4, V3 report section 4.3).
+
+Legend: T tokens, R rotary width, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abyssal.spec.model import LatentAttentionSpec, ModelSpec, YarnSpec
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The rotation of each token's pairs: cos and sin, (T, R/2), in FP32 (FP64 for FP64 models)."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
+
+
+def _yarn_m(factor: float, mscale: float) -> float:
+    """m(mscale) = 0.1 · mscale · ln(factor) + 1; 1 without extension."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _yarn_frequencies(base: Tensor, dim: int, theta: float, yarn: YarnSpec) -> Tensor:
+    """Blend each frequency with its interpolated one: fast ones stay, slow ones are divided by the factor."""
+
+    def pair_with_rotations(rotations: float) -> float:
+        return dim * math.log(yarn.original_max_positions / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(pair_with_rotations(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_with_rotations(yarn.beta_slow)), dim - 1)
+    span = high - low if high != low else 0.001
+    slow = ((torch.arange(dim // 2, dtype=torch.float64, device=base.device) - low) / span).clamp(0, 1)
+    return base / yarn.factor * slow + base * (1 - slow)
+
+
+def rope_frequencies(spec: ModelSpec, device: torch.device | None = None) -> Tensor:
+    """(R/2,) radians a position of each pair, FP64."""
+    dim = spec.attention.rope_dim
+    exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+    base = spec.rope_theta**-exponents
+    return base if spec.yarn is None else _yarn_frequencies(base, dim, spec.rope_theta, spec.yarn)
+
+
+def _magnitude(yarn: YarnSpec | None) -> float:
+    """What YaRN multiplies cos and sin by: 1 when both mscale fields agree, m(1) when they are absent."""
+    if yarn is None:
+        return 1.0
+    if yarn.mscale and yarn.mscale_all_dim:
+        return _yarn_m(yarn.factor, yarn.mscale) / _yarn_m(yarn.factor, yarn.mscale_all_dim)
+    return _yarn_m(yarn.factor, 1.0)
+
+
+def rotation(spec: ModelSpec, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
+    """The rotation of each position, computed in FP64 so that positions beyond 100K keep their angle."""
+    angles = positions_T.to(torch.float64)[:, None] * rope_frequencies(spec, positions_T.device)
+    wide, scale = torch.promote_types(dtype, torch.float32), _magnitude(spec.yarn)
+    return Rotation((angles.cos() * scale).to(wide), (angles.sin() * scale).to(wide), spec.rope_interleaved)
+
+
+def apply_rotation(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate the last axis of ``x``, (T, R) or (T, H, R); computed in FP32 at least, rounded once."""
+    cos, sin = rotation.cos, rotation.sin
+    if x.dim() == 3:
+        cos, sin = cos[:, None], sin[:, None]
+    wide = x.to(cos.dtype)
+    if rotation.interleaved:
+        pairs = torch.view_as_complex(wide.reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+    first, second = wide.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+
+def softmax_scale(spec: ModelSpec) -> float:
+    """Factor on the attention scores: the width of query and key to the power −½, times m(mscale_all_dim)² in MLA."""
+    attention = spec.attention
+    if not isinstance(attention, LatentAttentionSpec):
+        return attention.head_dim**-0.5
+    scale = attention.qk_head_dim**-0.5
+    if spec.yarn is not None and spec.yarn.mscale_all_dim:
+        scale *= _yarn_m(spec.yarn.factor, spec.yarn.mscale_all_dim) ** 2
+    return scale

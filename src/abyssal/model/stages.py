@@ -1,0 +1,205 @@
+"""A layer as a row of stages, whole or cut apart.
+
+The row is: *attention_in* (norm, projections, rotation, cache write) → *attention_out* (attention, output projection,
+residual, norm, router) → *dispatch* → *shared* → *experts* → *combine* → *finish* (residual).  Only dispatch and
+combine communicate; they start and are waited for.
+
+Whole, the stages run one after another under one autograd graph (:func:`run_stages`).  Cut, each stage has a graph of
+its own between explicit records, so that a schedule may run the stages of a forward chunk between those of a backward
+chunk: :class:`StageRun` gives each stage ``forward``, ``backward_input`` and ``backward_weight``, and the stages that
+communicate also ``start_forward`` and ``start_backward`` [V3 section 3.2.1, figure 4].
+
+Legend: T tokens, D model, H heads, Q query width, X cached values, K chosen experts, A rows sorted by slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from abyssal.model.dispatch import DispatchPlan, Done, Handle, combine, dispatch
+from abyssal.model.step import Step
+from abyssal.precision.linear import WeightQueue
+
+if TYPE_CHECKING:
+    from abyssal.model.block import Block
+
+StageName = Literal["attention_in", "attention_out", "dispatch", "shared", "experts", "combine", "finish"]
+
+STAGES: tuple[StageName, ...] = (
+    "attention_in",
+    "attention_out",
+    "dispatch",
+    "shared",
+    "experts",
+    "combine",
+    "finish",
+)
+COMMUNICATING: frozenset[StageName] = frozenset({"dispatch", "combine"})
+
+Source = TypeVar("Source")
+Target = TypeVar("Target")
+
+
+@dataclass(frozen=True)
+class StageIO:
+    """What one stage hands to the next.  Gradients travel back in the same record, field by field."""
+
+    x_TD: Tensor
+    """Residual stream."""
+    query_THQ: Tensor | None = None
+    entries_TX: Tensor | None = None
+    u_TD: Tensor | None = None
+    """Normalised input of the feed-forward."""
+    weights_TK: Tensor | None = None
+    plan: DispatchPlan | None = None
+    rows_AD: Tensor | None = None
+    """Rows at their experts: inputs before the stage *experts*, outputs after it."""
+    weights_A: Tensor | None = None
+    shared_TD: Tensor | None = None
+    combined_TD: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by field name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def cut(self) -> StageIO:
+        """The same values outside any graph, as leaves that collect gradients."""
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self.tensors().items()}
+        return replace(self, **leaves)
+
+
+Gradients = dict[str, Tensor]
+"""Gradients of a :class:`StageIO`, by field name."""
+
+
+@dataclass(frozen=True)
+class _Then(Generic[Source, Target]):
+    """A handle whose result is made from another's."""
+
+    handle: Handle[Source]
+    function: Callable[[Source], Target]
+
+    def wait(self) -> Target:
+        return self.function(self.handle.wait())
+
+
+def _dispatch(io: StageIO, step: Step) -> StageIO:
+    """Dispatch under autograd."""
+    if io.plan is None:
+        return io
+    assert io.u_TD is not None and io.weights_TK is not None
+    rows_AD, weights_A = dispatch(io.u_TD, io.weights_TK, io.plan, step.dispatcher)
+    return replace(io, weights_TK=None, rows_AD=rows_AD, weights_A=weights_A)
+
+
+def _combine(io: StageIO, step: Step) -> StageIO:
+    """Combine under autograd."""
+    if io.plan is None:
+        return io
+    assert io.rows_AD is not None
+    return replace(io, plan=None, rows_AD=None, combined_TD=combine(io.rows_AD, io.plan, step.dispatcher))
+
+
+def run_stage(name: StageName, block: Block, io: StageIO, step: Step) -> StageIO:
+    """One stage under the caller's autograd graph; a stage that communicates is waited for."""
+    if name == "dispatch":
+        return _dispatch(io, step)
+    if name == "combine":
+        return _combine(io, step)
+    return getattr(block, name)(io, step)
+
+
+def run_stages(block: Block, x_TD: Tensor, step: Step) -> Tensor:
+    """The whole layer: every stage in a row."""
+    io = StageIO(x_TD)
+    for name in STAGES:
+        io = run_stage(name, block, io, step)
+    return io.x_TD
+
+
+class StageRun:
+    """One run of one stage of one block, with a graph of its own.
+
+    Call ``forward`` once, then ``backward_input`` once with the gradients of what it returned, then
+    ``backward_weight`` once, whenever the schedule likes.
+    """
+
+    def __init__(self, name: StageName, block: Block, step: Step) -> None:
+        self.name: StageName = name
+        self._block = block
+        self._queue = WeightQueue()
+        self._step = replace(step, queue=self._queue)
+        self._inputs: StageIO | None = None
+        self._outputs: StageIO | None = None
+
+    @property
+    def communicates(self) -> bool:
+        return self.name in COMMUNICATING
+
+    def forward(self, io: StageIO) -> StageIO:
+        """Run the stage on ``io``, cut from whatever made it."""
+        if self.communicates:
+            return self.start_forward(io).wait()
+        self._inputs = io.cut()
+        with torch.enable_grad():
+            self._outputs = run_stage(self.name, self._block, self._inputs, self._step)
+        return self._outputs
+
+    def backward_input(self, gradients: Gradients) -> Gradients:
+        """Gradients of the stage's input from those of its output; weight gradients of its products wait in a queue."""
+        if self.communicates:
+            return self.start_backward(gradients).wait()
+        assert self._inputs is not None and self._outputs is not None
+        outputs = self._outputs.tensors()
+        names = [name for name in outputs if name in gradients and outputs[name].requires_grad]
+        torch.autograd.backward([outputs[name] for name in names], [gradients[name] for name in names])
+        leaves = self._inputs.tensors()
+        self._inputs = self._outputs = None
+        return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+    def backward_weight(self) -> None:
+        """The weight gradients put off by ``backward_input``."""
+        self._queue.run()
+
+    def start_forward(self, io: StageIO) -> Handle[StageIO]:
+        """Begin the communication of a stage that communicates."""
+        assert self.communicates, self.name
+        self._inputs = io
+        if io.plan is None:
+            return Done(io)
+        dispatcher, plan = self._step.dispatcher, io.plan
+        if self.name == "dispatch":
+            assert io.u_TD is not None and io.weights_TK is not None
+            handle = dispatcher.start_dispatch(io.u_TD.detach(), io.weights_TK.detach(), plan)
+            return _Then(handle, lambda sent: replace(io, weights_TK=None, rows_AD=sent[0], weights_A=sent[1]))
+        assert io.rows_AD is not None
+        handle = dispatcher.start_combine(io.rows_AD.detach(), None, plan)
+        return _Then(handle, lambda sent: replace(io, plan=None, rows_AD=None, combined_TD=sent[0]))
+
+    def start_backward(self, gradients: Gradients) -> Handle[Gradients]:
+        """Begin the communication of its backward: combine for dispatch, dispatch for combine."""
+        assert self.communicates and self._inputs is not None, self.name
+        plan, self._inputs = self._inputs.plan, None
+        if plan is None:
+            return Done(gradients)
+        rest = dict(gradients)
+        if self.name == "dispatch":
+            handle = self._step.dispatcher.start_combine(rest.pop("rows_AD"), rest.pop("weights_A"), plan)
+            return _Then(handle, lambda sent: _join_dispatch(rest, sent))
+        handle = self._step.dispatcher.start_dispatch(rest.pop("combined_TD"), None, plan)
+        return _Then(handle, lambda sent: {**rest, "rows_AD": sent[0]})
+
+
+def _join_dispatch(rest: Gradients, sent: tuple[Tensor, Tensor | None]) -> Gradients:
+    """Add what came back from the experts to what the shared expert left on the same input."""
+    du_TD, dweights_TK = sent
+    assert dweights_TK is not None
+    if "u_TD" in rest:
+        du_TD = rest["u_TD"] + du_TD
+    return {**rest, "u_TD": du_TD, "weights_TK": dweights_TK}

@@ -1,0 +1,44 @@
+"""What one pass over a batch is given besides its tokens: context, dispatcher, rotation, and what it leaves behind.
+
+Legend: T tokens, K chosen experts, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+from abyssal.precision.linear import WeightQueue
+
+if TYPE_CHECKING:
+    from abyssal.model.context import AttentionContext
+    from abyssal.model.dispatch import Dispatcher
+    from abyssal.model.rope import Rotation
+    from abyssal.model.router import Routing
+
+
+class BalanceLoss(Protocol):
+    """An auxiliary loss of one layer's routing, already scaled by its coefficient."""
+
+    def __call__(self, layer: int, scores_TE: Tensor, expert_ids_TK: Tensor, context: AttentionContext) -> Tensor: ...
+
+
+@dataclass
+class Step:
+    """One pass over a batch.  A step is used once; the model adds to ``routings`` only."""
+
+    context: AttentionContext
+    dispatcher: Dispatcher
+    rotation: Rotation
+    queue: WeightQueue | None = None
+    """Where weight gradients are put off to; None computes them in the backward."""
+    balance: BalanceLoss | None = None
+    forced_routing: Mapping[int, Tensor] | None = None
+    """Expert ids (T, K) by layer that replace the router's choice; gate values still come from its scores."""
+    routings: dict[int, Routing] = field(default_factory=dict)
+    """Each MoE layer's routing, by layer (MTP modules count on after the last layer), detached."""
+    balance_losses: dict[int, Tensor] = field(default_factory=dict)
+    """The value of ``balance`` by layer, detached."""

@@ -1,0 +1,168 @@
+"""The model: one module that trains, serves and rolls out, for every family that a ``ModelSpec`` describes.
+
+It works on flat tokens and knows neither batches nor caches nor ranks: a :class:`~abyssal.model.step.Step` says how
+attention sees earlier tokens and how tokens reach experts.  The plain call ``model(tokens_BS)`` is there for parity
+checks and for looking at a model by hand.
+
+Legend: B sequences, S positions, T tokens (flat), D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.model.block import Block
+from abyssal.model.context import AttentionContext, PackedBatch
+from abyssal.model.dispatch import Dispatcher, LocalDispatcher
+from abyssal.model.mtp import MTPModule
+from abyssal.model.norm import RMSNorm
+from abyssal.model.rope import rotation
+from abyssal.model.step import Step
+from abyssal.precision.linear import Linear, linear
+from abyssal.precision.recipe import Recipe
+from abyssal.spec.model import ModelSpec
+from abyssal.spec.placement import Placement
+
+ACTIVATION_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Embedding(nn.Module):
+    """Token embedding."""
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, device=device, dtype=dtype))
+
+    def forward(self, tokens_T: Tensor) -> Tensor:
+        return nn.functional.embedding(tokens_T, self.weight)
+
+
+class Transformer(nn.Module):
+    """A DeepSeek-class language model.  Parameters are uninitialised: load them, or call :meth:`init_weights`.
+
+    Args:
+        spec: what the model is.
+        recipe: the formats of its matrix products.
+        placements: by layer, where the routed experts are; the identity where absent.
+        device, dtype: of the parameters.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        recipe: Recipe | None = None,
+        placements: Mapping[int, Placement] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.recipe = recipe = recipe or Recipe()
+        placements = placements or {}
+        self.embed = Embedding(spec.vocab_size, spec.hidden_size, device, dtype)
+        self.layers = nn.ModuleList(
+            Block(spec, layer, not spec.is_moe_layer(layer), recipe, placements.get(layer), device, dtype)
+            for layer in range(spec.num_layers)
+        )
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, device, dtype)
+        self.head = (
+            None
+            if spec.tie_embeddings
+            else Linear(spec.hidden_size, spec.vocab_size, recipe.head, device=device, dtype=dtype)
+        )
+        self.mtp = nn.ModuleList(
+            MTPModule(spec, depth, recipe, placements.get(spec.num_layers + depth), device, dtype)
+            for depth in range(spec.mtp_depth)
+        )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, D), the embedding itself when tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Matrices normal with standard deviation ``spec.init_std``, norms one, correction biases zero."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, self.spec.init_std, generator=generator)
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def blocks(self) -> list[Block]:
+        """The blocks of the main model, then those of the MTP modules: index is layer number."""
+        modules: list[Any] = [*self.layers, *(module.block for module in self.mtp)]
+        return modules
+
+    def placements(self) -> dict[int, Placement]:
+        """Where each MoE layer's experts are."""
+        return {block.layer: block.placement for block in self.blocks() if block.placement is not None}
+
+    def step(self, context: AttentionContext, dispatcher: Dispatcher | None = None, **fields: Any) -> Step:
+        """A step over ``context``; every expert on this rank unless a dispatcher is given.
+
+        ``fields`` are those of :class:`~abyssal.model.step.Step`: queue, balance, forced_routing.
+        """
+        if dispatcher is None:
+            dispatcher = LocalDispatcher(self.placements(), self.embed.weight.device)
+        return Step(context, dispatcher, rotation(self.spec, context.positions_T, self.embed.weight.dtype), **fields)
+
+    def embedded(self, tokens_T: Tensor) -> Tensor:
+        """(T, D) in the recipe's activation dtype."""
+        x_TD = self.embed(tokens_T)
+        return x_TD.to(ACTIVATION_DTYPES.get(self.recipe.activations, x_TD.dtype))
+
+    def hidden(self, tokens_T: Tensor, step: Step) -> Tensor:
+        """Hidden state after the final norm, (T, D)."""
+        x_TD = self.embedded(tokens_T)
+        for block in self.layers:
+            x_TD = block(x_TD, step)
+        return self.norm(x_TD)
+
+    def mtp_hidden(self, depth: int, tokens_T: Tensor, hidden_TD: Tensor, step: Step) -> Tensor:
+        """Hidden state of MTP module ``depth`` (from zero), after its norm, (T, D).
+
+        Args:
+            tokens_T: at position i, token i + depth + 1 of its sequence.
+            hidden_TD: of the previous depth; of the main model for depth zero.
+        """
+        return self.mtp[depth](self.embedded(tokens_T), hidden_TD, step)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """(T, V) in the activation dtype."""
+        return linear(hidden_TD, self.head_weight, self.recipe.head)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Logits (B, S, V) of sequences of one length, without cache.
+
+        Raises:
+            ValueError: tokens that are no (B, S) batch, lie outside the vocabulary, or are longer than the model.
+        """
+        self.check_tokens(tokens_BS)
+        batch, length = tokens_BS.shape
+        step = self.step(PackedBatch([length] * batch, device=tokens_BS.device))
+        return self.logits(self.hidden(tokens_BS.flatten(), step)).view(batch, length, -1)
+
+    def check_tokens(self, tokens_BS: Tensor) -> None:
+        """Raise ``ValueError`` for a batch that this model cannot take, saying why."""
+        if tokens_BS.dim() != 2 or tokens_BS.numel() == 0:
+            raise ValueError(f"tokens_BS: shape {tuple(tokens_BS.shape)}; give a batch (sequences, positions)")
+        if tokens_BS.shape[1] > self.spec.max_positions:
+            raise ValueError(
+                f"tokens_BS: {tokens_BS.shape[1]} positions are past the model's max_positions "
+                f"{self.spec.max_positions}; shorten the sequence or extend the model with YaRN"
+            )
+        low, high = int(tokens_BS.min()), int(tokens_BS.max())
+        if low < 0 or high >= self.spec.vocab_size:
+            raise ValueError(
+                f"tokens_BS: ids {low}..{high} lie outside the vocabulary 0..{self.spec.vocab_size - 1}; "
+                "use the tokenizer that belongs to the model"
+            )

@@ -1,0 +1,84 @@
+"""The output head and its cross-entropy in one operator, a few hundred rows at a time.
+
+Logits of a whole batch in FP32 are the largest tensor of a training step (tokens × vocabulary), and nothing needs them
+but their own gradient.  So each chunk of rows computes its logits, its losses and, at once, the gradients of the rows
+and of the head, and forgets the logits.  The trade-off: the head's weight gradient cannot be put off to a queue.
+
+Legend: T tokens, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abyssal.precision.linear import operand_dtype
+from abyssal.precision.recipe import LinearEntry
+
+CHUNK_ROWS = 512
+"""Rows whose logits are in memory at once: large enough for full matmul speed, 16 MB of FP32 at vocabulary 8192."""
+
+
+def _chunk_losses(logits_TV: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood and log-sum-exp of each row."""
+    lse_T = torch.logsumexp(logits_TV, -1)
+    return lse_T - logits_TV.gather(1, targets_T[:, None]).squeeze(1), lse_T
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        hidden, weight = hidden_TD.to(dtype), weight_VD.to(dtype)
+        dhidden = torch.empty_like(hidden)
+        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        for start in range(0, len(hidden), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            targets = targets_T[rows]
+            logits = (hidden[rows] @ weight.t()).to(wide)
+            losses, lse = _chunk_losses(logits, targets)
+            total += losses.sum()
+            dlogits = logits.sub_(lse[:, None]).exp_()
+            dlogits[torch.arange(len(targets), device=targets.device), targets] -= 1.0
+            operand = dlogits.to(dtype)
+            torch.mm(operand, weight, out=dhidden[rows])
+            if dtype == wide:
+                dweight.addmm_(operand.t(), hidden[rows])
+            else:
+                dweight += operand.t() @ hidden[rows]
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dhidden, dweight = ctx.saved_tensors
+        scale = gradients[0]
+        return (dhidden * scale).to(ctx.dtypes[0]), dweight.mul_(scale).to(ctx.dtypes[1]), None, None
+
+
+def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, entry: LinearEntry) -> Tensor:
+    """Sum over tokens of −log softmax(hidden weightᵀ)[target], with gradients of hidden and weight.
+
+    The result may be used in one backward only.
+    """
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, targets_T, operand_dtype(hidden_TD, entry))  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def token_losses(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, entry: LinearEntry
+) -> tuple[Tensor, Tensor]:
+    """Without gradients: each token's negative log-likelihood (T,) in FP32 at least, and its most likely id (T,)."""
+    dtype = operand_dtype(hidden_TD, entry)
+    wide = torch.promote_types(dtype, torch.float32)
+    losses, best = [], []
+    for start in range(0, len(hidden_TD), CHUNK_ROWS):
+        rows = slice(start, start + CHUNK_ROWS)
+        logits = (hidden_TD[rows].to(dtype) @ weight_VD.to(dtype).t()).to(wide)
+        losses.append(_chunk_losses(logits, targets_T[rows])[0])
+        best.append(logits.argmax(-1))
+    return torch.cat(losses), torch.cat(best)

@@ -1,0 +1,183 @@
+"""Every matrix product of the model, with input and weight gradients that can be taken apart.
+
+``linear`` and ``grouped_linear`` are the only doors to a weight: a format (FP8), a native kernel or a schedule that
+splits the backward (ZeroBubble, DualPipe [V3 section 3.2.1]) arrives here and the model does not change.
+
+The backward of a product y = x Wᵀ has two halves that do not need each other: dx = dy W, which the layer below waits
+for, and dW = dyᵀ x, which nobody waits for.  Without a queue both run at once, as autograd would.  With a
+:class:`WeightQueue` the second half is put off as a closure and adds to ``weight.grad`` when the schedule runs it.
+
+The trade-off not taken: parameters in BF16 with a separate master copy.  Parameters may be FP32 while activations are
+BF16; the cast is made here, once a product, and costs a few percent of a step at the sizes one machine trains.
+
+Legend: T tokens or rows, I input features, O output features, E groups (experts).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.kernels.grouped_gemm import grouped_gemm, grouped_gemm_input, grouped_gemm_weight
+from abyssal.precision.recipe import LinearEntry
+
+
+class WeightQueue:
+    """Weight gradients put off until a schedule asks for them, first in, first out."""
+
+    def __init__(self) -> None:
+        self._closures: deque[Callable[[], None]] = deque()
+
+    def put(self, closure: Callable[[], None]) -> None:
+        self._closures.append(closure)
+
+    def take(self) -> list[Callable[[], None]]:
+        """Hand over all closures and forget them: the caller runs each once."""
+        closures = list(self._closures)
+        self._closures.clear()
+        return closures
+
+    def run(self) -> None:
+        """Compute every gradient in the queue and add it to its parameter's ``grad``."""
+        for closure in self.take():
+            closure()
+
+    def __len__(self) -> int:
+        return len(self._closures)
+
+
+def operand_dtype(x: Tensor, entry: LinearEntry) -> torch.dtype:
+    """The dtype in which a product with activation ``x`` is computed under ``entry``."""
+    if entry.operands == "float32":
+        return torch.promote_types(x.dtype, torch.float32)
+    return x.dtype
+
+
+def accumulate_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    """Add ``gradient`` to ``parameter.grad`` in the parameter's dtype."""
+    gradient = gradient.to(parameter.dtype)
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad.add_(gradient)
+
+
+def _finish_weight(ctx: Any, compute: Callable[[], Tensor]) -> Tensor | None:
+    """The weight gradient now, or nothing now and a closure in the queue."""
+    weight: Tensor = ctx.weight
+    if ctx.queue is None:
+        return compute().to(weight.dtype)
+    ctx.queue.put(lambda: accumulate_gradient(weight, compute()))
+    return None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Tensor, dtype: torch.dtype, queue: WeightQueue | None) -> Tensor:
+        operand_TI, operand_OI = x_TI.to(dtype), weight_OI.to(dtype)
+        ctx.save_for_backward(operand_TI, operand_OI)
+        ctx.weight, ctx.queue, ctx.input_dtype = weight_OI, queue, x_TI.dtype
+        return operand_TI @ operand_OI.t()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_TO,) = gradients
+        x_TI, weight_OI = ctx.saved_tensors
+        dx_TI = (dy_TO @ weight_OI).to(ctx.input_dtype) if ctx.needs_input_grad[0] else None
+        dw_OI = _finish_weight(ctx, lambda: dy_TO.t() @ x_TI) if ctx.needs_input_grad[1] else None
+        return dx_TI, dw_OI, None, None
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        weight_EOI: Tensor,
+        counts: Sequence[int],
+        dtype: torch.dtype,
+        queue: WeightQueue | None,
+    ) -> Tensor:
+        operand_TI, operand_EOI = x_TI.to(dtype), weight_EOI.to(dtype)
+        ctx.save_for_backward(operand_TI, operand_EOI)
+        ctx.weight, ctx.queue, ctx.counts, ctx.input_dtype = weight_EOI, queue, counts, x_TI.dtype
+        return grouped_gemm(operand_TI, operand_EOI, counts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_TO,) = gradients
+        x_TI, weight_EOI = ctx.saved_tensors
+        counts, weight = ctx.counts, ctx.weight
+        dx_TI, dw_EOI = None, None
+        if ctx.needs_input_grad[0]:
+            dx_TI = grouped_gemm_input(dy_TO, weight_EOI, counts).to(ctx.input_dtype)
+        if ctx.needs_input_grad[1]:
+            dw_EOI = _finish_weight(ctx, lambda: grouped_gemm_weight(dy_TO, x_TI, counts, weight.dtype))
+        return dx_TI, dw_EOI, None, None, None
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor, entry: LinearEntry, queue: WeightQueue | None = None) -> Tensor:
+    """y_TO = x_TI weight_OIᵀ, in the operand dtype of ``entry``.
+
+    Args:
+        x_TI: activations, rows by input features.
+        weight_OI: weight; cast to the operand dtype when it differs.
+        entry: the recipe's entry for this product.
+        queue: where the weight gradient is put off to; None computes it in the backward.
+
+    Error bound: that of one matrix product accumulated in FP32 (FP64 for FP64 operands), rounded once.
+    """
+    dtype = operand_dtype(x_TI, entry)
+    if torch.is_grad_enabled() and (x_TI.requires_grad or weight_OI.requires_grad):
+        return _Linear.apply(x_TI, weight_OI, dtype, queue)  # type: ignore[no-any-return]
+    operand_TI, operand_OI = x_TI.to(dtype), weight_OI.to(dtype)
+    return operand_TI @ operand_OI.t()
+
+
+def grouped_linear(
+    x_TI: Tensor, weight_EOI: Tensor, counts: Sequence[int], entry: LinearEntry, queue: WeightQueue | None = None
+) -> Tensor:
+    """One product a group: rows of group e times weight_EOI[e]ᵀ.
+
+    Args:
+        x_TI: rows sorted by group.
+        weight_EOI: one weight a group.
+        counts: rows of each group, in order; their sum is T.  Groups may be empty.
+        entry, queue: as in :func:`linear`.
+
+    Raises:
+        ValueError: counts that do not fit the weight or the rows.
+    """
+    if len(counts) != weight_EOI.shape[0] or sum(counts) != x_TI.shape[0]:
+        raise ValueError(
+            f"counts: {len(counts)} groups of {sum(counts)} rows do not fit {weight_EOI.shape[0]} weights "
+            f"and {x_TI.shape[0]} rows; pass one count a group, adding up to the rows"
+        )
+    dtype = operand_dtype(x_TI, entry)
+    if torch.is_grad_enabled() and (x_TI.requires_grad or weight_EOI.requires_grad):
+        return _GroupedLinear.apply(x_TI, weight_EOI, counts, dtype, queue)  # type: ignore[no-any-return]
+    operand_TI, operand_EOI = x_TI.to(dtype), weight_EOI.to(dtype)
+    return grouped_gemm(operand_TI, operand_EOI, counts)
+
+
+class Linear(nn.Module):
+    """A weight and its recipe entry.  ``forward`` takes flat rows; leading axes beyond one are not accepted."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        entry: LinearEntry,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.entry = entry
+
+    def forward(self, x_TI: Tensor, queue: WeightQueue | None = None) -> Tensor:
+        return linear(x_TI, self.weight, self.entry, queue)
