@@ -1,0 +1,92 @@
+"""What a model must beat before its loss means anything: predictors without learning, on the same held-out text.
+
+- **byte bigram**: each byte from the byte before it (the first of a document from "start"), counts of the training
+  text with one added: p(b | a) = (n_ab + 1) / (n_a + 256).  Ends of documents cost it nothing, unlike the model.
+- **token unigram**: each token by its frequency in the training tokens, one added: p(t) = (n_t + 1) / (n + V).
+  Separators are predicted too, as the model must.
+- **gzip -9** of the held-out text alone, documents concatenated: a mark to reach rather than a floor, since it sees no
+  training text but can copy from 32 KB back.
+
+All in bits per UTF-8 byte of held-out text.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from abyssal.data.corpus import Corpus
+from abyssal.data.sources import Document
+
+_START = 256
+"""Context of a document's first byte."""
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Bits per byte of held-out text, and how often a guess without context is right."""
+
+    byte_bigram: float
+    token_unigram: float
+    gzip: float
+    unigram_hit_rate: float
+    """Share of held-out tokens that are the most frequent token of the training text."""
+
+
+def measure_baselines(
+    corpus: Corpus, train_tokens: np.ndarray, held_out_tokens: np.ndarray, token_bytes: np.ndarray
+) -> Baselines:
+    """All of them.  Tokens: :func:`abyssal.data.corpus.tokenize` of either side; ``token_bytes``: the tokenizer's
+    table, [vocab_size].
+    """
+    return Baselines(
+        byte_bigram=byte_bigram_bits_per_byte(corpus.train_documents, corpus.held_out_documents),
+        token_unigram=token_unigram_bits_per_byte(train_tokens, held_out_tokens, token_bytes),
+        gzip=gzip_bits_per_byte(corpus.held_out_documents),
+        unigram_hit_rate=unigram_hit_rate(train_tokens, held_out_tokens),
+    )
+
+
+def byte_bigram_bits_per_byte(train: Iterable[Document], held_out: Iterable[Document]) -> float:
+    """Fitted on ``train``, measured on ``held_out``; at most 8 bits.  Raises ValueError without held-out text."""
+    counts = np.ones((257, 256))
+    for document in train:
+        counts += _pair_counts(document)
+    bits = -np.log2(counts / counts.sum(axis=1, keepdims=True))
+    held_out_counts = sum((_pair_counts(document) for document in held_out), start=np.zeros((257, 256)))
+    return float((bits * held_out_counts).sum() / _some(int(held_out_counts.sum())))
+
+
+def token_unigram_bits_per_byte(train: np.ndarray, held_out: np.ndarray, token_bytes: np.ndarray) -> float:
+    """Fitted on ``train`` tokens, measured on ``held_out`` tokens.  Raises ValueError without held-out text."""
+    counts = np.bincount(train, minlength=len(token_bytes)) + 1
+    bits = -np.log2(counts / counts.sum())
+    return float(bits[held_out].sum() / _some(int(token_bytes[held_out].sum())))
+
+
+def gzip_bits_per_byte(documents: Iterable[Document]) -> float:
+    """``gzip -9`` of the documents' text, header and all.  Raises ValueError without text."""
+    data = b"".join(document.text.encode() for document in documents)
+    return len(gzip.compress(data, compresslevel=9, mtime=0)) * 8 / _some(len(data))
+
+
+def unigram_hit_rate(train: np.ndarray, held_out: np.ndarray) -> float:
+    """Share of ``held_out`` tokens that equal the most frequent token of ``train``."""
+    _some(len(held_out))
+    return float(np.mean(held_out == np.bincount(train).argmax()))
+
+
+def _pair_counts(document: Document) -> np.ndarray:
+    """How often each byte follows each context: [257, 256]."""
+    data = np.frombuffer(document.text.encode(), dtype=np.uint8).astype(np.int64)
+    context = np.concatenate([[_START], data[:-1]])[: len(data)]
+    return np.bincount(context * 256 + data, minlength=257 * 256).reshape(257, 256)
+
+
+def _some(size: int) -> int:
+    if size == 0:
+        raise ValueError("no held-out text to measure on; hold out at least one document")
+    return size
