@@ -1,0 +1,94 @@
+// What every native kernel shares: the C interface, element types, instruction sets, and threads.
+//
+// The library has a plain C interface and is called through ctypes, so it knows neither Python nor torch.  It owns no
+// threads: a second pool would fight torch's OpenMP workers, which spin between operators, for the same cores.  The
+// caller passes torch's own GOMP_parallel, or null for one thread.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+
+#if defined(_WIN32)
+#define ABYSSAL_EXPORT extern "C" __declspec(dllexport)
+#else
+#define ABYSSAL_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+#if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
+#define ABYSSAL_X86 1
+#include <immintrin.h>
+#else
+#define ABYSSAL_X86 0
+#endif
+
+namespace abyssal {
+
+enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1 };
+enum Status : int32_t { kOk = 0, kBadDtype = 1, kBadSlot = 2, kBadShape = 3 };
+enum Isa : int32_t { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// Best instruction set of this machine, at most `limit` (negative: no limit).
+inline Isa choose_isa(int32_t limit) {
+#if ABYSSAL_X86
+  static const Isa best = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return kAvx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+    return kGeneric;
+  }();
+  return limit >= 0 && limit < best ? static_cast<Isa>(limit) : best;
+#else
+  (void)limit;
+  return kGeneric;
+#endif
+}
+
+inline float from_bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+// Round to nearest, ties to even, as torch does; NaN stays a quiet NaN.
+inline uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x0040u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// The signature of GOMP_parallel: run `body(data)` on each thread of a team.
+using ForkFunction = void (*)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
+
+// Call `work(begin, end)` over [0, total) in `num_chunks` contiguous chunks on up to `threads` threads.  Threads claim
+// chunks, so a core that is busy with something else delays one chunk and not a whole share, and a team smaller than
+// asked for still finishes.
+template <typename Work>
+void parallel_for(int64_t total, int64_t num_chunks, int32_t threads, ForkFunction fork, const Work& work) {
+  if (threads <= 1 || fork == nullptr || num_chunks <= 1) {
+    work(int64_t{0}, total);
+    return;
+  }
+  struct Job {
+    const Work* work;
+    int64_t total, num_chunks;
+    std::atomic<int64_t> next{0};
+  } job;
+  job.work = &work;
+  job.total = total;
+  job.num_chunks = num_chunks;
+  fork(
+      [](void* data) {
+        Job& shared = *static_cast<Job*>(data);
+        for (;;) {
+          const int64_t chunk = shared.next.fetch_add(1, std::memory_order_relaxed);
+          if (chunk >= shared.num_chunks) return;
+          (*shared.work)(shared.total * chunk / shared.num_chunks, shared.total * (chunk + 1) / shared.num_chunks);
+        }
+      },
+      &job, static_cast<unsigned>(threads), 0);
+}
+
+}  // namespace abyssal
