@@ -42,6 +42,10 @@ _ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
+_EXPERT_FIELDS = (
+    *("n_shared_experts", "num_experts_per_tok", "moe_intermediate_size", "routed_scaling_factor"),
+    *("n_group", "topk_group", "scoring_func", "topk_method", "norm_topk_prob"),
+)
 _DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
 
 
@@ -112,7 +116,7 @@ def _read_spec(fields: Fields) -> ModelSpec:
     parse_quantization(fields)
     rope_theta, yarn = read_rope(fields)
     num_layers, mtp_depth = fields.integer("num_hidden_layers"), _read_mtp_depth(fields)
-    moe, num_dense_layers = (None, 0) if family == "llama" else _read_moe(fields, family, num_layers)
+    moe, num_dense_layers = (None, 0) if family == "llama" else _read_moe(fields, family, num_layers + mtp_depth)
     values: dict[str, Any] = {
         "family": family,
         "vocab_size": fields.integer("vocab_size"),
@@ -195,17 +199,19 @@ def _read_grouped_attention(fields: Fields) -> GroupedQueryAttentionSpec:
     )
 
 
-def _read_moe(fields: Fields, family: str, num_layers: int) -> tuple[MoESpec | None, int]:
-    """(experts, leading dense layers)"""
+def _read_moe(fields: Fields, family: str, num_blocks: int) -> tuple[MoESpec | None, int]:
+    """(experts, leading dense layers) of a model of ``num_blocks`` blocks, those of MTP modules included."""
     fields.only("moe_layer_freq", 1, "every layer after the dense ones has experts")
     num_dense_layers = fields.integer("first_k_dense_replace", None)
     num_experts = _read_num_experts(fields)
-    if num_experts is None:
-        if num_dense_layers is not None and num_dense_layers < num_layers:
-            raise fields.error(
-                "n_routed_experts", f"only {num_dense_layers} of {num_layers} layers are dense; state it"
-            )
+    if (num_experts is None and num_dense_layers is None) or (
+        num_dense_layers is not None and num_dense_layers >= num_blocks
+    ):
+        for name in _EXPERT_FIELDS:  # no block has experts, whatever these say
+            fields.take(name, None)
         return None, 0
+    if num_experts is None:
+        raise fields.error("n_routed_experts", f"only {num_dense_layers} layers are dense; state it")
     if num_dense_layers is None:
         raise fields.error("first_k_dense_replace", "state how many leading layers are dense (0 if none)")
     read_gate = _read_sigmoid_gate if family == "deepseek_v3" else _read_softmax_gate

@@ -122,7 +122,7 @@ def main_tensors(spec: ModelSpec) -> Iterator[TensorGroup]:
 
 
 def mtp_tensors(spec: ModelSpec) -> Iterator[TensorGroup]:
-    """The MTP modules (V3 report section 2.2): projection, three norms and a block each; embedding and head are shared."""
+    """The MTP modules (V3 report section 2.2): projection, three norms, a block each; embedding and head shared."""
     if spec.mtp_depth:
         yield TensorGroup("mtp_projection", (spec.hidden_size, 2 * spec.hidden_size)).times(spec.mtp_depth)
         yield TensorGroup("norms", (spec.hidden_size,)).times(3 * spec.mtp_depth)
