@@ -6,6 +6,7 @@ that ``abyssal info`` never waits for torch.  To add one, write the module and a
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -21,6 +22,7 @@ VERBS: dict[str, str] = {
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_PIPE_CLOSED = 141
 
 
 def _help() -> str:
@@ -48,8 +50,8 @@ def _fail(where: str, problem: object) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run ``abyssal`` with ``argv`` (this process's arguments by default); the exit status.
 
-    0 is success, 2 bad input (one line on standard error says what and how to mend it), 130 an interrupt.  Whatever
-    else a verb returns or raises is its own.
+    0 is success, 2 bad input (one line on standard error says what and how to mend it), 130 an interrupt,
+    141 a pipe that was closed.  Whatever else a verb returns or raises is its own.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -64,9 +66,14 @@ def main(argv: list[str] | None = None) -> int:
     if verb not in VERBS:
         return _fail("abyssal", f"there is no verb {verb!r}: choose one of {', '.join(VERBS)}")
     try:
-        return _verb(verb)(rest)
+        status = _verb(verb)(rest)
+        sys.stdout.flush()
+        return status
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         return _fail(f"abyssal {verb}", error)
+    except BrokenPipeError:  # the reader has seen enough: `abyssal info MODEL | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush at exit complains again
+        return EXIT_PIPE_CLOSED
     except KeyboardInterrupt:
         print(f"abyssal {verb}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

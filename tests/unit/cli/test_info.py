@@ -56,6 +56,17 @@ def test_info_answers_within_half_a_second():
     assert min(seconds() for _ in range(3)) < 0.5
 
 
+def test_a_reader_that_stops_early_is_no_error():
+    environment = os.environ | {"PYTHONPATH": SOURCE}
+    command = [sys.executable, "-m", "abyssal", "info", "deepseek-v3", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 141
+
+
 def _json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     assert main(["info", *arguments, "--json"]) == 0
     captured = capsys.readouterr()
