@@ -11,7 +11,7 @@ READY := .venv/.ready
 .PHONY: help quickstart test test-slow check format bench clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile | awk -F': *' '{ printf "  make %-11s %s\n", $$1, $$2 }'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 .venv: $(READY)
 

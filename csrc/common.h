@@ -17,6 +17,10 @@
 
 #if (defined(__x86_64__) || defined(__i386__)) && defined(__GNUC__)
 #define ABYSSAL_X86 1
+#if !defined(__clang__)  // GCC's own AVX-512 header sets these off (GCC bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #else
 #define ABYSSAL_X86 0
