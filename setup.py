@@ -14,7 +14,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("*.cpp"))
-FLAGS = ["/O2", "/std:c++17", "/EHsc"] if sys.platform == "win32" else ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0"]
+FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0"]
+if sys.platform == "win32":
+    FLAGS = ["/O2", "/std:c++17", "/EHsc"]
 
 
 class BuildPlainLibrary(build_ext):

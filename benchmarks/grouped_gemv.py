@@ -41,6 +41,12 @@ def seconds(function: Callable[[], object], calls: int) -> float:
     return best
 
 
+def memory_bandwidth() -> float:
+    """GB/s at which torch sums 1 GiB."""
+    array = torch.ones(1 << 28)
+    return array.numel() * 4 / seconds(array.sum, 20) / 1e9
+
+
 def measure(label: str, slots: int, rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> dict[str, object]:
     weight_EOI = torch.randn(slots, outputs, inputs, dtype=dtype)
     x_RI = torch.randn(rows, inputs, dtype=dtype)
@@ -68,9 +74,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
-    array = torch.ones(1 << 28)
-    bandwidth = array.numel() * 4 / seconds(lambda: array.sum(), 10) / 1e9
-    del array
+    bandwidth = memory_bandwidth()
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
     ).stdout.strip()
