@@ -11,6 +11,7 @@ on the machine slows a call and never speeds it up.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import subprocess
@@ -50,7 +51,7 @@ def memory_bandwidth() -> float:
 def measure(label: str, slots: int, rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> dict[str, object]:
     weight_EOI = torch.randn(slots, outputs, inputs, dtype=dtype)
     x_RI = torch.randn(rows, inputs, dtype=dtype)
-    choices = iter(lambda: torch.randperm(slots)[:rows], None)
+    choices = itertools.cycle([torch.randperm(slots)[:rows] for _ in range(64)])
     size = rows * outputs * inputs * dtype.itemsize
     calls = max(10, min(300, int(1e9 / size)))
 
