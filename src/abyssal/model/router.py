@@ -115,7 +115,8 @@ class Router(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Router:
         """Casting the model leaves the bias in FP32: a step of 0.001 is lost in BF16 beside a bias of order one."""
+        bias_E = self.bias_E
         super()._apply(fn, recurse)
-        if self.bias_E is not None and self.bias_E.dtype != torch.float32:
-            self.bias_E = self.bias_E.to(torch.float32)
+        if bias_E is not None and self.bias_E is not None and self.bias_E.dtype != torch.float32:
+            self.bias_E = bias_E.to(self.bias_E.device)
         return self

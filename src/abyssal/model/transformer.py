@@ -106,13 +106,16 @@ class Transformer(nn.Module):
         """Where each MoE layer's experts are."""
         return {block.layer: block.placement for block in self.blocks() if block.placement is not None}
 
+    def local_dispatcher(self) -> LocalDispatcher:
+        """The dispatcher of a single rank for the present placements."""
+        return LocalDispatcher(self.placements(), self.embed.weight.device)
+
     def step(self, context: AttentionContext, dispatcher: Dispatcher | None = None, **fields: Any) -> Step:
         """A step over ``context``; every expert on this rank unless a dispatcher is given.
 
         ``fields`` are those of :class:`~abyssal.model.step.Step`: queue, balance, forced_routing.
         """
-        if dispatcher is None:
-            dispatcher = LocalDispatcher(self.placements(), self.embed.weight.device)
+        dispatcher = dispatcher or self.local_dispatcher()
         return Step(context, dispatcher, rotation(self.spec, context.positions_T, self.embed.weight.dtype), **fields)
 
     def embedded(self, tokens_T: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ class WeightQueue:
         self._closures.clear()
         return closures
 
+    @torch.no_grad()
     def run(self) -> None:
         """Compute every gradient in the queue and add it to its parameter's ``grad``."""
         for closure in self.take():
