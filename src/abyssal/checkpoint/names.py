@@ -104,10 +104,11 @@ def check_complete(pieces: Iterable[Piece], shapes: Mapping[str, Sequence[int]])
         covered.setdefault((piece.parameter, piece.expert), []).append((start, stop))
     for piece in copies:
         assert hf_shapes.get(piece.copy_of or "") == piece.hf_shape, f"{piece.hf_name} copies {piece.copy_of}"
+    stacked = {parameter for parameter, expert in covered if expert is not None}
     for parameter, shape in shapes.items():
-        stacked = (parameter, None) not in covered
-        for expert in range(shape[0]) if stacked else (None,):
-            _assert_tiles(covered.pop((parameter, expert), []), shape[1 if stacked else 0], parameter, expert)
+        rows = shape[1 if parameter in stacked else 0]
+        for expert in range(shape[0]) if parameter in stacked else (None,):
+            _assert_tiles(covered.pop((parameter, expert), []), rows, parameter, expert)
     assert not covered, f"pieces beyond the experts of {next(iter(covered))}"
 
 
