@@ -10,14 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.parity import (
-    compared_gradients,
-    draw_spec,
-    in_transformers,
-    random_model,
-    random_tokens,
-    relative_difference,
-)
 from transformers import AutoModelForCausalLM
 from transformers.generation import candidate_generator
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
@@ -29,6 +21,14 @@ from abyssal.model.transformer import Transformer
 from abyssal.precision.head import linear_cross_entropy
 from abyssal.spec.hf_config import write_config
 from abyssal.spec.model import Family
+from tests.support.parity import (
+    compared_gradients,
+    draw_spec,
+    in_transformers,
+    random_model,
+    random_tokens,
+    relative_difference,
+)
 
 LOGITS_BOUND, GRADIENT_BOUND = 1e-4, 1e-3
 FAMILIES: list[Family] = ["deepseek_v3", "deepseek_v2", "llama"]
@@ -95,7 +95,8 @@ def test_no_key_missing_or_unexpected_in_transformers(mtp_depth: int, tmp_path: 
     assert bool(unexpected) == bool(mtp_depth)
 
     save_model(model, tmp_path / "without", "fp32", include_mtp=False)
-    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "without", output_loading_info=True)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    _, info = load(tmp_path / "without", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert json.loads((tmp_path / "without" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
@@ -117,7 +118,7 @@ class DraftRecorder:
         self.drafts: list[tuple[torch.Tensor, torch.Tensor]] = []
         original = candidate_generator.MTPCandidateGenerator.get_candidates
 
-        def record(generator: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def record(generator: Any, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
             ids, logits = original(generator, input_ids, *args, **kwargs)
             if logits is not None:
                 self.drafts.append((ids.clone(), logits.clone()))

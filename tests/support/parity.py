@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from abyssal.checkpoint.hf import save_model
 from abyssal.checkpoint.names import Piece, checkpoint_table
+from abyssal.model.experts import MoE
 from abyssal.model.transformer import Transformer
 from abyssal.spec.model import (
     Family,
@@ -92,6 +93,13 @@ def random_model(spec: ModelSpec, seed: int = 0, dtype: torch.dtype = torch.floa
     for buffer in model.buffers():
         buffer.uniform_(-0.2, 0.2, generator=generator)
     return model
+
+
+def moe_of(model: Transformer, layer: int) -> MoE:
+    """The mixture of one layer."""
+    ffn = model.blocks()[layer].ffn
+    assert isinstance(ffn, MoE)
+    return ffn
 
 
 def random_tokens(spec: ModelSpec, batch: int, length: int, seed: int = 0) -> Tensor:

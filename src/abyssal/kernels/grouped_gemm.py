@@ -26,7 +26,10 @@ def _segments(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
 
 
 def grouped_gemm(x_TI: Tensor, weight_EOI: Tensor, counts: Sequence[int]) -> Tensor:
-    """y_TO: rows of group e times weight_EOI[e]ᵀ (Fprop)."""
+    """y_TO: rows of group e times weight_EOI[e]ᵀ (Fprop).  Equal groups (heads) go as one batched product."""
+    if min(counts) == max(counts) > 0:
+        x_EGI = x_TI.view(len(counts), counts[0], -1)
+        return torch.bmm(x_EGI, weight_EOI.transpose(1, 2)).flatten(0, 1)
     y_TO = x_TI.new_empty(x_TI.shape[0], weight_EOI.shape[1])
     for group, rows in _segments(counts):
         torch.mm(x_TI[rows], weight_EOI[group].t(), out=y_TO[rows])

@@ -58,7 +58,8 @@ class LatentAttention(nn.Module):
             self.q_b = Linear(sizes.q_lora_rank, query_width, entry, device, dtype)
         self.kv_a = Linear(hidden, sizes.cache_values, entry, device, dtype)
         self.kv_norm = RMSNorm(sizes.kv_lora_rank, LATENT_NORM_EPS, device, dtype)
-        self.kv_b = Linear(sizes.kv_lora_rank, heads * (sizes.qk_nope_head_dim + sizes.v_head_dim), entry, device, dtype)
+        expanded_width = heads * (sizes.qk_nope_head_dim + sizes.v_head_dim)
+        self.kv_b = Linear(sizes.kv_lora_rank, expanded_width, entry, device, dtype)
         self.out = Linear(heads * sizes.v_head_dim, hidden, entry, device, dtype)
 
     def _query(self, h_TD: Tensor, step: Step) -> Tensor:

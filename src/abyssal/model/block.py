@@ -99,4 +99,3 @@ class Block(nn.Module):
     def placement(self) -> Placement | None:
         """Where this block's routed experts are; None in a dense layer."""
         return self.ffn.experts.placement if isinstance(self.ffn, MoE) else None
-

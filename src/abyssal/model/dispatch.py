@@ -163,9 +163,15 @@ class _Combine(torch.autograd.Function):
 
 def dispatch(x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, dispatcher: Dispatcher) -> tuple[Tensor, Tensor]:
     """Dispatch under autograd, waiting for the result: rows (A, D) and weights (A,)."""
+    if not torch.is_grad_enabled():
+        rows_AD, weights_A = dispatcher.start_dispatch(x_TD, weights_TK, plan).wait()
+        assert weights_A is not None
+        return rows_AD, weights_A
     return _Dispatch.apply(x_TD, weights_TK, plan, dispatcher)  # type: ignore[no-any-return]
 
 
 def combine(rows_AD: Tensor, plan: DispatchPlan, dispatcher: Dispatcher) -> Tensor:
     """Combine under autograd, waiting for the result: (T, D)."""
+    if not torch.is_grad_enabled():
+        return dispatcher.start_combine(rows_AD, None, plan).wait()[0]
     return _Combine.apply(rows_AD, plan, dispatcher)  # type: ignore[no-any-return]

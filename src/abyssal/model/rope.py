@@ -20,10 +20,9 @@ from abyssal.spec.model import LatentAttentionSpec, ModelSpec, YarnSpec
 
 @dataclass(frozen=True)
 class Rotation:
-    """The rotation of each token's pairs: cos and sin, (T, R/2), in FP32 (FP64 for FP64 models)."""
+    """The turn of each token's pairs, cos + i sin, complex (T, R/2) of FP32 parts (FP64 for FP64 models)."""
 
-    cos: Tensor
-    sin: Tensor
+    turns: Tensor
     interleaved: bool
 
 
@@ -66,19 +65,18 @@ def rotation(spec: ModelSpec, positions_T: Tensor, dtype: torch.dtype) -> Rotati
     """The rotation of each position, computed in FP64 so that positions beyond 100K keep their angle."""
     angles = positions_T.to(torch.float64)[:, None] * rope_frequencies(spec, positions_T.device)
     wide, scale = torch.promote_types(dtype, torch.float32), _magnitude(spec.yarn)
-    return Rotation((angles.cos() * scale).to(wide), (angles.sin() * scale).to(wide), spec.rope_interleaved)
+    return Rotation(torch.polar(torch.full_like(angles, scale), angles).to(wide.to_complex()), spec.rope_interleaved)
 
 
 def apply_rotation(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate the last axis of ``x``, (T, R) or (T, H, R); computed in FP32 at least, rounded once."""
-    cos, sin = rotation.cos, rotation.sin
-    if x.dim() == 3:
-        cos, sin = cos[:, None], sin[:, None]
-    wide = x.to(cos.dtype)
+    turns = rotation.turns if x.dim() == 2 else rotation.turns[:, None]
+    wide = x.to(turns.real.dtype)
     if rotation.interleaved:
         pairs = torch.view_as_complex(wide.reshape(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
+        return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
     first, second = wide.chunk(2, dim=-1)
+    cos, sin = turns.real, turns.imag
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 

@@ -69,9 +69,7 @@ def linear_cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor
 
 
 @torch.no_grad()
-def token_losses(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, entry: LinearEntry
-) -> tuple[Tensor, Tensor]:
+def token_losses(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, entry: LinearEntry) -> tuple[Tensor, Tensor]:
     """Without gradients: each token's negative log-likelihood (T,) in FP32 at least, and its most likely id (T,)."""
     dtype = operand_dtype(hidden_TD, entry)
     wide = torch.promote_types(dtype, torch.float32)

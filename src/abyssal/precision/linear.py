@@ -23,7 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.kernels.grouped_gemm import grouped_gemm, grouped_gemm_input, grouped_gemm_weight
+from abyssal.kernels.grouped_gemv import gemv, grouped_gemv, native_refusal
 from abyssal.precision.recipe import LinearEntry
+
+GEMV_ROWS = 4
+"""Rows a weight up to which, without gradients, reading the weight once a row beats a general matrix product."""
 
 
 class WeightQueue:
@@ -136,6 +140,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor, entry: LinearEntry, queue: WeightQue
     if torch.is_grad_enabled() and (x_TI.requires_grad or weight_OI.requires_grad):
         return _Linear.apply(x_TI, weight_OI, dtype, queue)  # type: ignore[no-any-return]
     operand_TI, operand_OI = x_TI.to(dtype), weight_OI.to(dtype)
+    if len(x_TI) <= GEMV_ROWS and native_refusal(operand_TI, operand_OI, None, dtype) is None:
+        return gemv(operand_TI, operand_OI, implementation="native")
     return operand_TI @ operand_OI.t()
 
 
@@ -162,6 +168,9 @@ def grouped_linear(
     if torch.is_grad_enabled() and (x_TI.requires_grad or weight_EOI.requires_grad):
         return _GroupedLinear.apply(x_TI, weight_EOI, counts, dtype, queue)  # type: ignore[no-any-return]
     operand_TI, operand_EOI = x_TI.to(dtype), weight_EOI.to(dtype)
+    if max(counts) <= GEMV_ROWS and native_refusal(operand_TI, operand_EOI, None, dtype) is None:
+        groups_T = torch.tensor([group for group, count in enumerate(counts) for _ in range(count)])
+        return grouped_gemv(operand_TI, operand_EOI, groups_T, implementation="native")
     return grouped_gemm(operand_TI, operand_EOI, counts)
 
 

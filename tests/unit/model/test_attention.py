@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.support.parity import draw_spec, random_model, random_tokens, relative_difference
 
 from abyssal.cache.latent import LatentCache
 from abyssal.kernels.attention import attention, attention_reference, latent_attention
 from abyssal.model.context import PackedBatch
 from abyssal.spec.model import Family
+from tests.support.parity import draw_spec, random_model, random_tokens, relative_difference
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 0.06}
 

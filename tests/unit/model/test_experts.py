@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.parity import draw_spec, random_model, random_tokens, relative_difference
-from tests.support.specs import specs
 from torch import Tensor
 
 from abyssal.model.context import PackedBatch
@@ -19,6 +17,8 @@ from abyssal.model.router import choose, gate, scores
 from abyssal.model.transformer import Transformer
 from abyssal.spec.model import ModelSpec, MoESpec
 from abyssal.spec.placement import Placement
+from tests.support.parity import draw_spec, moe_of, random_model, random_tokens, relative_difference
+from tests.support.specs import specs
 
 
 @settings(max_examples=40, deadline=None)
@@ -136,7 +136,7 @@ def test_replicas_change_nothing() -> None:
     actual.square().sum().backward()
     for layer in model.placements():
         for name in ("w_gate_up_EFD", "w_down_EDF"):
-            whole, replicated = (getattr(m.blocks()[layer].ffn.experts, name).grad for m in (model, moved))  # type: ignore[union-attr]
+            whole, replicated = (getattr(moe_of(m, layer).experts, name).grad for m in (model, moved))
             summed = torch.zeros_like(whole).index_add_(0, torch.tensor(slots), replicated)
             assert relative_difference(summed, whole) < 1e-10
 
@@ -155,7 +155,7 @@ def test_load_slots_changes_what_a_slot_holds() -> None:
         return experts.w_gate_up_EFD[slot].clone(), experts.w_down_EDF[slot].clone()
 
     for layer in moved.placements():
-        experts = moved.blocks()[layer].ffn.experts  # type: ignore[union-attr]
+        experts = moe_of(moved, layer).experts
         with pytest.raises(ValueError, match=r"slots \[\d+\] hold another expert"):
             experts.load_slots(target, {})
         with pytest.raises(ValueError, match="slots do not fit"):
@@ -167,8 +167,9 @@ def test_load_slots_changes_what_a_slot_holds() -> None:
 
 def test_casting_a_model_leaves_the_correction_bias_in_fp32() -> None:
     model = random_model(draw_spec("deepseek_v3", 1))
-    router = model.blocks()[-1].ffn.router  # type: ignore[union-attr]
-    bias = router.bias_E.clone()
+    router = moe_of(model, -1).router
+    assert router.bias_E is not None
+    bias_E = router.bias_E.clone()
     assert model.to(torch.bfloat16) is model
     assert router.weight.dtype == torch.bfloat16
-    assert router.bias_E.dtype == torch.float32 and torch.equal(router.bias_E, bias)
+    assert router.bias_E.dtype == torch.float32 and torch.equal(router.bias_E, bias_E)
