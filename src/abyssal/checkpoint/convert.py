@@ -92,7 +92,7 @@ def convert(
             another kind in its place, a disk too small, or weights that are infinite or NaN (the tensor is named).
     """
     source, destination, form = Path(source), Path(destination), check_format(dtype, max_shard_bytes)
-    partial = destination.with_name(destination.name + ".partial")
+    partial = Path(os.path.abspath(destination) + ".partial")
     if destination.exists() and not _only_journal(partial):
         raise ValueError(f"{destination}: exists; give another folder, or remove it first")
     with CheckpointFolder(source, drop_cache=True) as folder:

@@ -114,8 +114,11 @@ class CheckpointFolder:
         if target.device.type == "cpu" and target.is_contiguous() and target.dtype == TORCH_DTYPES[entry.dtype]:
             reader.read_into(name, target)
             return
-        for start, stop in row_blocks(entry):
-            target[start:stop].copy_(self.decode_rows(name, start, stop, target.dtype))
+        working = torch.float64 if target.dtype == torch.float64 else torch.float32
+        for start, stop in row_blocks(entry):  # the copy rounds, once
+            is_fp8 = entry.dtype == FP8
+            rows = self.decode_rows(name, start, stop, working) if is_fp8 else self.read_rows(name, start, stop)
+            target[start:stop].copy_(rows)
 
     def file_of(self, name: str) -> Path:
         return self._location[name].path

@@ -118,7 +118,7 @@ def save_model(
     Raises:
         ValueError: an argument, or a weight that is infinite or NaN and cannot be FP8, by name.
     """
-    folder, form = Path(folder), check_format(dtype, max_shard_bytes)
+    folder, form = Path(os.path.abspath(folder)), check_format(dtype, max_shard_bytes)
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder}: exists; give another folder, or overwrite=True")
     table = checkpoint_table(model.spec, include_mtp)
