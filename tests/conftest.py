@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.worker_pool import WorkerPool
+
+if TYPE_CHECKING:
+    from tests.support.trained_model import TrainedModel
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +22,11 @@ def workers() -> Iterator[WorkerPool]:
     pool = WorkerPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def trained_model(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    """A small model trained on text, in memory and as a folder; about ten seconds, once.  Do not change it."""
+    from tests.support.trained_model import train_small_model  # torch, for the tests that want it alone
+
+    return train_small_model(tmp_path_factory.mktemp("trained") / "run")

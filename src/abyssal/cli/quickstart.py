@@ -1,0 +1,119 @@
+"""``abyssal quickstart``: train a tiny model on this machine, look at it, let it write.
+
+Training and generation meet here and nowhere below: ``train`` and ``engine`` know nothing of each other.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from abyssal.cli.arguments import parse
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+    from abyssal.model.transformer import Transformer
+    from abyssal.text.tokenizer import Tokenizer
+    from abyssal.train.config import TrainConfig
+
+EXIT_FAILED = 1
+NEW_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a tiny DeepSeek-V3-architecture model on Python's own source, save it, reload it, let it write.
+
+    Exits 1, saying which, unless the model beats predictors without learning, its drafts are worth something, its
+    experts are balanced, and it writes the same after reloading.
+    """
+
+    out: Path = Path("runs/quickstart")
+    """The run's folder: model, metrics.jsonl, quickstart.png. Replaced if an earlier quickstart made it."""
+    steps: int | None = None
+    """Training steps; by default as many as take under five minutes on two CPU cores."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the verb; bad input raises ValueError or FileNotFoundError."""
+    options = parse(Options, argv, "quickstart")
+    from rich.console import Console
+
+    from abyssal.train.plot import require_matplotlib
+    from abyssal.train.quickstart import STEPS, claim_folder, quickstart_config
+
+    require_matplotlib()
+    config = quickstart_config(STEPS if options.steps is None else options.steps)
+    claim_folder(options.out)
+    try:
+        found = _run(options.out, config, Console())
+    except FloatingPointError as error:
+        found = [str(error)]
+    for failure in found:
+        Console(stderr=True).print(f"abyssal quickstart: failed: {failure}", highlight=False, soft_wrap=True)
+    return EXIT_FAILED if found else 0
+
+
+def _run(out: Path, config: TrainConfig, console: Console) -> list[str]:
+    """Everything in a row; what is not as it should be."""
+    from abyssal.checkpoint.hf import load_model
+    from abyssal.data.baselines import measure_baselines
+    from abyssal.precision.recipe import Recipe
+    from abyssal.train.folder import RunFolder
+    from abyssal.train.history import History
+    from abyssal.train.loop import with_recipe
+    from abyssal.train.plot import plot_run
+    from abyssal.train.quickstart import Figures, failures, quickstart_spec, result_table
+    from abyssal.train.run import run_training
+    from abyssal.train.text import tokenise_corpus
+
+    begin = time.perf_counter()
+    spec = quickstart_spec()
+    console.print("Reading Python's standard library and training a tokenizer on it ...")
+    text = tokenise_corpus(None, spec.vocab_size)
+    spec = text.fitted(spec)
+    baselines = measure_baselines(text.corpus, text.train_tokens, text.held_out_tokens, text.token_bytes)
+    folder, history = RunFolder(out), History()
+    result = run_training(folder, spec, config, text, [history])
+    before = _greedy_texts(with_recipe(result.model, Recipe()), text.tokenizer)
+    reloaded = load_model(folder.model)
+    after = _greedy_texts(reloaded, text.tokenizer)
+    picture = out / "quickstart.png"
+    title = f"tiny on Python's standard library: {result.tokens / 1e6:.2f}M tokens in {result.seconds:.0f} s"
+    plot_run(picture, history, baselines, text.train_bytes_per_token, title)
+    for written in (*after, _sampled_text(reloaded, text.tokenizer)):
+        console.rule(style="dim")
+        console.print(written, markup=False, highlight=False)
+    console.rule(style="dim")
+    seconds = time.perf_counter() - begin
+    figures = Figures(spec, result.evaluation, baselines, result.tokens, result.seconds, seconds, before, after)
+    console.print(result_table(figures))
+    console.print(f"model {folder.model}   picture {picture}", highlight=False, soft_wrap=True)
+    return failures(figures)
+
+
+def _greedy_texts(model: Transformer, tokenizer: Tokenizer) -> tuple[str, ...]:
+    from abyssal.train.quickstart import PROMPTS
+
+    return tuple(_written(model, tokenizer, prompt, 0.0, None) for prompt in PROMPTS)
+
+
+def _sampled_text(model: Transformer, tokenizer: Tokenizer) -> str:
+    import torch
+
+    return _written(model, tokenizer, "", 0.8, torch.Generator().manual_seed(0))
+
+
+def _written(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, temperature: float, generator: torch.Generator | None
+) -> str:
+    """The prompt and what the model adds to it."""
+    from abyssal.engine.generate import generate
+
+    prompt_ids = tokenizer.encode(prompt, add_bos=True)
+    new_ids = list(generate(model, prompt_ids, NEW_TOKENS, temperature, top_p=0.95, generator=generator))
+    return tokenizer.decode([*prompt_ids[1:], *new_ids], skip_control=True)

@@ -1,0 +1,136 @@
+"""The quickstart's plan, its figures and its checks; ``cli/quickstart.py`` puts them in a row and lets the model write.
+
+The plan is the preset ``tiny`` with a vocabulary and sequences that suit a few minutes on two CPU cores: a small
+vocabulary makes the head cheap, short sequences and small batches make many steps of few tokens.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.table import Table
+
+from abyssal.data.baselines import Baselines
+from abyssal.spec.model import ModelSpec
+from abyssal.spec.presets import preset
+from abyssal.train.config import BalanceConfig, OptimizerConfig, TrainConfig
+from abyssal.train.evaluate import Evaluation
+
+MARKER = ".made-by-abyssal-quickstart"
+"""A file in every folder that the quickstart made: only those may it replace."""
+VOCAB_SIZE = 4096
+INIT_STD = 0.02
+STEPS = 1200
+
+PROMPTS = (
+    'def read(self, size=-1):\n    """',
+    "import os\nimport sys\n\n\nclass ",
+)
+SHARE_OF_UNIGRAM_RATE = 2.0
+LARGEST_VIOLATION = 0.5
+
+
+def quickstart_spec() -> ModelSpec:
+    """The preset ``tiny``, initialised for its width."""
+    return replace(preset("tiny"), vocab_size=VOCAB_SIZE, init_std=INIT_STD)
+
+
+def quickstart_config(steps: int = STEPS) -> TrainConfig:
+    """How it is trained."""
+    return TrainConfig(
+        steps=steps,
+        seq_len=256,
+        batch_size=4,
+        compute="bfloat16",
+        validate_every=max(1, steps // 8),
+        validation_batches=8,
+        optimizer=OptimizerConfig(lr=4e-3, warmup_steps=50, lr_floor=0.05),
+        balance=BalanceConfig(bias_speed=1e-2, bias_decay="linear"),
+    )
+
+
+def claim_folder(path: Path) -> None:
+    """Make ``path`` an empty folder that bears the marker, replacing what an earlier quickstart left there.
+
+    Raises:
+        ValueError: something is there that no quickstart made.
+    """
+    if path.exists():
+        if not (path / MARKER).is_file() and not (path.is_dir() and not any(path.iterdir())):
+            raise ValueError(f"{path}: exists and was not made by a quickstart; give another --out")
+        shutil.rmtree(path)
+    path.mkdir(parents=True)
+    (path / MARKER).touch()
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a quickstart found out."""
+
+    spec: ModelSpec
+    evaluation: Evaluation
+    baselines: Baselines
+    tokens: int
+    training_seconds: float
+    total_seconds: float
+    texts_before: tuple[str, ...]
+    """Greedy texts of the model as it was trained."""
+    texts_after: tuple[str, ...]
+    """Of the model read back from disk."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.training_seconds
+
+
+def failures(figures: Figures) -> list[str]:
+    """What is not as it should be, a sentence each; empty if all is well."""
+    evaluation, baselines = figures.evaluation, figures.baselines
+    bits = evaluation.bits_per_byte
+    found = []
+    if not bits < baselines.byte_bigram:
+        found.append(f"bits per byte: {bits:.3f} is not below the byte bigram's {baselines.byte_bigram:.3f}")
+    if not bits < baselines.token_unigram:
+        found.append(f"bits per byte: {bits:.3f} is not below the token unigram's {baselines.token_unigram:.3f}")
+    acceptance, rate = evaluation.mtp_acceptance, evaluation.mtp_unigram_rate
+    if acceptance is None or rate is None or acceptance < SHARE_OF_UNIGRAM_RATE * rate:
+        found.append(f"MTP: acceptance {_percent(acceptance)} is not twice the unigram rate {_percent(rate)}")
+    if not evaluation.max_violation < LARGEST_VIOLATION:
+        found.append(f"balance: MaxVio_global {evaluation.max_violation:.3f} is not below {LARGEST_VIOLATION}")
+    if figures.texts_before != figures.texts_after:
+        found.append("reload: the greedy text of the saved model is not that of the trained model")
+    return found
+
+
+def result_table(figures: Figures) -> Table:
+    """The figures, for the terminal."""
+    evaluation, baselines, spec = figures.evaluation, figures.baselines, figures.spec
+    table = Table(title="quickstart", show_header=True, title_justify="left")
+    for name in ("", "this model", "beside"):
+        table.add_column(name)
+    table.add_row(
+        "held-out bits per byte",
+        f"{evaluation.bits_per_byte:.3f}",
+        f"byte bigram {baselines.byte_bigram:.3f}, token unigram {baselines.token_unigram:.3f}, "
+        f"gzip -9 {baselines.gzip:.3f}",
+    )
+    table.add_row(
+        "MTP second token accepted",
+        _percent(evaluation.mtp_acceptance),
+        f"best constant draft (unigram rate) {_percent(evaluation.mtp_unigram_rate)}",
+    )
+    table.add_row("MaxVio_global", f"{evaluation.max_violation:.3f}", f"must be below {LARGEST_VIOLATION}")
+    table.add_row("training speed", f"{figures.tokens_per_second:,.0f} tokens/s", f"{figures.tokens:,} tokens")
+    table.add_row(
+        "parameters",
+        f"{spec.total_parameters / 1e6:.2f}M",
+        f"{spec.active_parameters / 1e6:.2f}M active a token, MTP {spec.mtp_parameters / 1e6:.2f}M besides",
+    )
+    table.add_row("time", f"{figures.total_seconds:.0f} s", f"training {figures.training_seconds:.0f} s")
+    return table
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else f"{share:.1%}"

@@ -1,0 +1,83 @@
+"""Schedules by hand-computed values, and their shape for any run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abyssal.train.config import BalanceConfig, OptimizerConfig, TrainConfig
+from abyssal.train.schedules import decay, factor, warmup
+
+
+def test_warmup_reaches_one_and_never_starts_at_zero() -> None:
+    assert [warmup(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert warmup(0, 0) == 1.0
+
+
+def test_decay_shapes() -> None:
+    assert decay(0.5, "linear", 0.2) == pytest.approx(0.6)
+    assert decay(0.5, "cosine", 0.2) == pytest.approx(0.6)
+    assert decay(0.25, "cosine", 0.0) == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert decay(0.7, "constant", 0.0) == 1.0
+    assert decay(7.0, "linear", 0.2) == pytest.approx(0.2)
+
+
+def test_factor_has_warmup_plateau_and_floor() -> None:
+    values = [factor(step, 101, warmup_steps=10, kind="linear", decay_start=0.5, floor=0.1) for step in range(101)]
+    assert values[0] == pytest.approx(0.1)
+    assert values[9:51] == pytest.approx([1.0] * 42)
+    assert values[75] == pytest.approx(1 - 0.9 * (75 - 50) / 50)
+    assert values[100] == pytest.approx(0.1)
+
+
+@given(
+    num_steps=st.integers(1, 300),
+    warmup_steps=st.integers(0, 400),
+    kind=st.sampled_from(["constant", "linear", "cosine"]),
+    decay_start=st.floats(0, 1),
+    floor=st.floats(0, 1),
+)
+def test_factor_rises_then_falls_within_bounds(num_steps, warmup_steps, kind, decay_start, floor) -> None:
+    values = [factor(step, num_steps, warmup_steps, kind, decay_start, floor) for step in range(num_steps)]
+    assert all(0 <= value <= 1 + 1e-12 for value in values)
+    top = values.index(max(values))
+    assert all(a <= b + 1e-12 for a, b in itertools.pairwise(values[: top + 1]))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(values[top:]))
+
+
+def test_learning_rate_warms_up_within_a_tenth_of_a_short_run() -> None:
+    config = OptimizerConfig(lr=1.0, warmup_steps=50, lr_floor=0.1)
+    assert config.learning_rate(1, 20) == 1.0
+    assert config.learning_rate(19, 20) == pytest.approx(0.1)
+
+
+def test_bias_speed_is_zero_at_the_end() -> None:
+    config = BalanceConfig(bias_speed=0.5, bias_freeze=0.1)
+    assert [config.speed(step, 100) for step in (0, 89, 90, 99)] == [0.5, 0.5, 0.0, 0.0]
+    falling = BalanceConfig(bias_speed=0.5, bias_freeze=0.0, bias_decay="linear")
+    assert falling.speed(50, 101) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"seq_len": 0}, "seq_len is 0"),
+        ({"batch_size": 6, "micro_batch_size": 4}, "does not divide batch_size 6"),
+        ({"optimizer": OptimizerConfig(lr=0.0)}, "lr is 0.0"),
+    ],
+)
+def test_config_names_the_field_that_is_wrong(fields, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**fields)
+
+
+def test_config_and_schedules_are_free_of_torch() -> None:
+    code = "import sys, abyssal.train.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
