@@ -1,0 +1,70 @@
+"""Decoding one prompt: greedy is the plain forward's argmax; sampling is seeded and keeps to its nucleus."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from abyssal.engine.generate import generate
+from abyssal.engine.sampler import sample
+from tests.support.parity import draw_spec, random_model, random_tokens
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "llama"])
+def test_greedy_tokens_are_those_of_the_plain_forward(family: str) -> None:
+    spec = draw_spec(family, 2)  # type: ignore[arg-type]
+    model = random_model(spec, 2, torch.float64)
+    prompt = random_tokens(spec, 1, 6)[0].tolist()
+    expected = list(prompt)
+    while len(expected) < 22 and (len(expected) == 6 or expected[-1] != spec.eos_token_id):
+        expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
+    assert list(generate(model, prompt, 16)) == expected[6:]
+
+
+def test_generation_ends_after_an_end_token() -> None:
+    spec = draw_spec("deepseek_v3", 2)
+    model = random_model(spec, 2)
+    prompt = random_tokens(spec, 1, 6)[0].tolist()
+    free = list(generate(model, prompt, 8))
+    model.spec = replace(spec, eos_token_id=(spec.vocab_size - 1, free[3]))
+    assert list(generate(model, prompt, 8)) == free[: free.index(free[3]) + 1]
+
+
+def test_sampling_is_seeded() -> None:
+    spec = draw_spec("deepseek_v3", 2)
+    model = random_model(spec, 2)
+
+    def draw(seed: int) -> list[int]:
+        return list(generate(model, [5, 6, 7], 12, 1.5, 0.95, torch.Generator().manual_seed(seed)))
+
+    assert draw(0) == draw(0)
+    assert len({tuple(draw(seed)) for seed in range(4)}) > 1
+
+
+def test_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    generator = torch.Generator().manual_seed(0)
+    drawn = {sample(logits, 1.0, 0.75, generator) for _ in range(200)}
+    assert drawn == {0, 1}
+    assert {sample(logits, 1.0, 1e-6, generator) for _ in range(20)} == {0}
+    assert {sample(logits, 1.0, 1.0, generator) for _ in range(400)} == {0, 1, 2, 3}
+    assert sample(logits, 0.0, 1.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens: 0"),
+        ({"max_tokens": 126}, r"capacity: 129 .*max_positions"),
+        ({"max_tokens": 4, "temperature": -1.0}, "temperature: -1.0"),
+        ({"max_tokens": 4, "top_p": 0.0}, "top_p: 0.0"),
+        ({"max_tokens": 4, "prompt_ids": []}, "tokens_BS: shape"),
+        ({"max_tokens": 4, "prompt_ids": [100000]}, "outside the vocabulary"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_runs(options: dict, message: str) -> None:
+    model = random_model(draw_spec("llama", 2))
+    with pytest.raises(ValueError, match=message):
+        generate(model, **{"prompt_ids": [2, 3, 4], **options})
