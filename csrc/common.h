@@ -1,8 +1,10 @@
 // What every native kernel shares: the C interface, element types, instruction sets, and threads.
 //
-// The library has a plain C interface and is called through ctypes, so it knows neither Python nor torch.  It owns no
-// threads: a second pool would fight torch's OpenMP workers, which spin between operators, for the same cores.  The
-// caller passes torch's own GOMP_parallel, or null for one thread.
+// The library has a plain C interface and is called through ctypes, so it knows neither Python nor torch.  A function
+// takes one record of 8-byte fields, because ctypes converts arguments one by one and at decoding that would cost more
+// than the arithmetic; the Python side packs the same record with `struct`.  The library owns no threads: a second pool
+// would fight torch's OpenMP workers, which spin between operators, for the same cores.  The caller passes torch's own
+// GOMP_parallel, or null for one thread.
 #pragma once
 
 #include <atomic>
@@ -22,22 +24,34 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 #include <immintrin.h>
+#define ABYSSAL_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#define ABYSSAL_TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #else
 #define ABYSSAL_X86 0
+#endif
+
+#if defined(__GNUC__)
+#define ABYSSAL_INLINE inline __attribute__((always_inline))
+#define ABYSSAL_INLINE_LAMBDA __attribute__((always_inline))
+#else
+#define ABYSSAL_INLINE inline
+#define ABYSSAL_INLINE_LAMBDA
 #endif
 
 namespace abyssal {
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1 };
-enum Status : int32_t { kOk = 0, kBadDtype = 1, kBadSlot = 2, kBadShape = 3 };
+enum Status : int32_t { kOk = 0, kBadDtype = 1, kBadSlot = 2, kBadShape = 3, kNoStorage = 4 };
 enum Isa : int32_t { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
 
 // Best instruction set of this machine, at most `limit` (negative: no limit).
-inline Isa choose_isa(int32_t limit) {
+inline Isa choose_isa(int64_t limit) {
 #if ABYSSAL_X86
   static const Isa best = [] {
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) return kAvx512;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      return kAvx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
     return kGeneric;
   }();
@@ -48,7 +62,7 @@ inline Isa choose_isa(int32_t limit) {
 #endif
 }
 
-inline float from_bf16(uint16_t bits) {
+ABYSSAL_INLINE float from_bf16(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;
   std::memcpy(&value, &wide, sizeof(value));
@@ -56,11 +70,44 @@ inline float from_bf16(uint16_t bits) {
 }
 
 // Round to nearest, ties to even, as torch does; NaN stays a quiet NaN.
-inline uint16_t to_bf16(float value) {
+ABYSSAL_INLINE uint16_t to_bf16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x0040u);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+ABYSSAL_INLINE float widen(float value) { return value; }
+ABYSSAL_INLINE float widen(uint16_t bits) { return from_bf16(bits); }
+ABYSSAL_INLINE void narrow(float value, float* out) { *out = value; }
+ABYSSAL_INLINE void narrow(float value, uint16_t* out) { *out = to_bf16(value); }
+
+inline int64_t bytes_of(int64_t dtype) { return dtype == kBFloat16 ? 2 : 4; }
+
+inline bool is_dtype(int64_t dtype) { return dtype == kFloat32 || dtype == kBFloat16; }
+
+#if ABYSSAL_X86
+template <typename Body>
+ABYSSAL_TARGET_AVX512 void call_avx512(const Body& body) {
+  body();
+}
+template <typename Body>
+ABYSSAL_TARGET_AVX2 void call_avx2(const Body& body) {
+  body();
+}
+#endif
+
+// Run `body`, plain loops that the compiler vectorises, compiled once for each instruction set.  `body` must be marked
+// ABYSSAL_INLINE_LAMBDA, and what it calls ABYSSAL_INLINE.  Contraction to fused multiply-adds is off (-std=c++17), so
+// all instruction sets give the same bits.
+template <typename Body>
+void call_vectorized(Isa isa, const Body& body) {
+#if ABYSSAL_X86
+  if (isa == kAvx512) return call_avx512(body);
+  if (isa == kAvx2) return call_avx2(body);
+#endif
+  (void)isa;
+  body();
 }
 
 // The signature of GOMP_parallel: run `body(data)` on each thread of a team.
@@ -70,7 +117,7 @@ using ForkFunction = void (*)(void (*body)(void*), void* data, unsigned num_thre
 // chunks, so a core that is busy with something else delays one chunk and not a whole share, and a team smaller than
 // asked for still finishes.
 template <typename Work>
-void parallel_for(int64_t total, int64_t num_chunks, int32_t threads, ForkFunction fork, const Work& work) {
+void parallel_for(int64_t total, int64_t num_chunks, int64_t threads, ForkFunction fork, const Work& work) {
   if (threads <= 1 || fork == nullptr || num_chunks <= 1) {
     work(int64_t{0}, total);
     return;

@@ -5,6 +5,9 @@ weights, and the general matrix product of a BLAS, made for reuse, reaches a fra
 A dense layer is the case of one slot.  With many rows a slot (prefill, training) a grouped GEMM is faster: the caller
 chooses, this operator does not.
 
+The weight may be a view, for one stored matrix often serves two products: latent attention decodes with the upper
+rows of each head's up-projection as they are and with the lower ones transposed, and neither is worth a copy.
+
 Row-invariant: a row's result never depends, in any bit, on the other rows or on the number of threads.
 
 Legend: R rows (a token at one of its experts), E slots, O outputs, I inputs.
@@ -12,21 +15,23 @@ Legend: R rows (a token at one of its experts), E slots, O outputs, I inputs.
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
+import struct
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from abyssal.kernels.native import DTYPE_CODES, native_library, openmp_fork
+from abyssal.kernels.native import BAD_SHAPE, BAD_SLOT, DTYPE_CODES, NO_STORAGE, OK, native_library, openmp_fork
 
 Implementation = Literal["auto", "reference", "native"]
+
+_pack = struct.Struct("=18q").pack  # the record `Arguments` of csrc/grouped_gemv.cpp
 
 
 def grouped_gemv(
     x_RI: torch.Tensor,
     weight_EOI: torch.Tensor,
-    slots_R: torch.Tensor,
+    slots_R: torch.Tensor | None,
     *,
     out_dtype: torch.dtype | None = None,
     implementation: Implementation = "auto",
@@ -34,12 +39,13 @@ def grouped_gemv(
     """``y[r] = weight[slots[r]] @ x[r]``, summed in FP32 (FP64 if an argument is FP64).
 
     Args:
-        x_RI: FP32, BF16 or FP64.
-        weight_EOI: matrices stacked by slot; the same dtypes, which need not equal x's.
-        slots_R: int64, each in ``[0, E)``.
+        x_RI: FP32, BF16 or FP64; rows may overlap (``x_I.expand(R, I)`` for one token at R experts).
+        weight_EOI: matrices stacked by slot; the same dtypes, which need not equal x's.  A view with contiguous rows,
+            or with contiguous columns (``.transpose(1, 2)`` of one).
+        slots_R: int64, each in ``[0, E)``; None divides the rows equally among the slots, in order (heads).
         out_dtype: dtype of the result; default x's.
-        implementation: "auto" takes "native" where it applies (CPU, contiguous, FP32 or BF16, no gradient wanted,
-            library built), else "reference".  Gradients flow through the reference alone.
+        implementation: "auto" takes "native" where it applies (CPU, FP32 or BF16, no gradient wanted, library
+            built; see :func:`native_refusal`), else "reference".  Gradients flow through the reference alone.
 
     Returns:
         y_RO, within :func:`error_bound` of the exact product whichever implementation ran.
@@ -47,8 +53,18 @@ def grouped_gemv(
     Raises:
         ValueError: shapes that do not fit, a slot out of range, or "native" where it does not apply.
     """
-    _check_shapes(x_RI, weight_EOI, slots_R)
-    return _run(x_RI, weight_EOI, slots_R, out_dtype or x_RI.dtype, implementation)
+    out_dtype = out_dtype or x_RI.dtype
+    if x_RI.ndim != 2 or weight_EOI.ndim != 3:
+        raise ValueError(_shape_message(x_RI, weight_EOI, slots_R))
+    if implementation == "native":
+        return native(x_RI, weight_EOI, slots_R, out_dtype)
+    y_RO = None
+    if implementation == "auto":
+        y_RO = _native(x_RI, weight_EOI, slots_R, out_dtype, weight_EOI.shape, weight_EOI.stride(), -1)
+    if y_RO is None:
+        _check(x_RI, weight_EOI, slots_R)
+        y_RO = reference(x_RI, weight_EOI, slots_R, out_dtype)
+    return y_RO
 
 
 def gemv(
@@ -61,7 +77,13 @@ def gemv(
     """``y[r] = weight @ x[r]``: :func:`grouped_gemv` with one slot."""
     if x_RI.ndim != 2 or weight_OI.ndim != 2 or x_RI.shape[1] != weight_OI.shape[1]:
         raise ValueError(f"gemv: x {tuple(x_RI.shape)} must be (R, I) and weight {tuple(weight_OI.shape)} (O, I)")
-    return _run(x_RI, weight_OI.unsqueeze(0), None, out_dtype or x_RI.dtype, implementation)
+    if implementation != "reference":
+        output_stride, input_stride = weight_OI.stride()
+        shape, strides = (1, *weight_OI.shape), (0, output_stride, input_stride)
+        y_RO = _native(x_RI, weight_OI, None, out_dtype or x_RI.dtype, shape, strides, -1)
+        if y_RO is not None:
+            return y_RO
+    return grouped_gemv(x_RI, weight_OI[None], None, out_dtype=out_dtype, implementation=implementation)
 
 
 def reference(
@@ -71,7 +93,8 @@ def reference(
     accumulate = torch.promote_types(torch.promote_types(x_RI.dtype, weight_EOI.dtype), torch.float32)
     # unbind, not indexing: the backward of weight[slot] would write a zero gradient of the whole stack for each row.
     matrices = weight_EOI.unbind(0)
-    slots = [0] * x_RI.shape[0] if slots_R is None else slots_R.tolist()
+    rows_a_slot = max(1, x_RI.shape[0] // max(1, len(matrices)))
+    slots = [row // rows_a_slot for row in range(x_RI.shape[0])] if slots_R is None else slots_R.tolist()
     rows = [torch.mv(matrices[slot].to(accumulate), x_I.to(accumulate)) for slot, x_I in zip(slots, x_RI, strict=True)]
     if not rows:
         return x_RI.new_zeros((0, weight_EOI.shape[1]), dtype=out_dtype)
@@ -79,7 +102,7 @@ def reference(
 
 
 def error_bound(
-    x_RI: torch.Tensor, weight_EOI: torch.Tensor, slots_R: torch.Tensor, out_dtype: torch.dtype
+    x_RI: torch.Tensor, weight_EOI: torch.Tensor, slots_R: torch.Tensor | None, out_dtype: torch.dtype
 ) -> torch.Tensor:
     """Largest distance (R, O), in FP64, of any implementation's result from the exact product.
 
@@ -103,8 +126,8 @@ def native_refusal(
     tensors = (x_RI, weight_EOI) if slots_R is None else (x_RI, weight_EOI, slots_R)
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return "a tensor is not on the CPU"
-    if any(not tensor.is_contiguous() for tensor in tensors):
-        return "a tensor is not contiguous"
+    if x_RI.stride(-1) != 1 or 1 not in weight_EOI.stride()[-2:] or not (slots_R is None or slots_R.is_contiguous()):
+        return "a tensor is not contiguous: x by rows, the weight by rows or by columns, slots"
     for dtype in (x_RI.dtype, weight_EOI.dtype, out_dtype):
         if dtype not in DTYPE_CODES:
             return f"it takes float32 and bfloat16, not {dtype}"
@@ -112,6 +135,8 @@ def native_refusal(
         return "it has no backward: call it under torch.no_grad()"
     if native_library() is None:
         return "the library was not built: a C++ compiler is needed when installing"
+    if not (x_RI.data_ptr() and weight_EOI.data_ptr()):
+        return "a tensor has no storage of its own"
     return None
 
 
@@ -123,82 +148,100 @@ def native(
     *,
     isa_limit: int = -1,
 ) -> torch.Tensor:
-    """The C++ of ``csrc/grouped_gemv.cpp``, on ``torch.get_num_threads()`` threads.
+    """The C++ of ``csrc/grouped_gemv.cpp`` on ``torch.get_num_threads()`` threads, or ValueError with the reason.
 
-    Args:
-        isa_limit: strongest instruction set to use, an index into ``native.ISA_NAMES``; negative: the machine's best.
+    ``isa_limit`` is the strongest instruction set to use, an index into ``native.ISA_NAMES``; negative: the best.
     """
-    num_slots, outputs, inputs = weight_EOI.shape
-    rows = x_RI.shape[0]
-    y_RO = torch.empty((rows, outputs), dtype=out_dtype)
-    status = _native_function()(
-        weight_EOI.data_ptr(),
-        DTYPE_CODES[weight_EOI.dtype],
+    y_RO = _native(x_RI, weight_EOI, slots_R, out_dtype, weight_EOI.shape, weight_EOI.stride(), isa_limit)
+    if y_RO is None:
+        _check(x_RI, weight_EOI, slots_R)
+        refusal = native_refusal(x_RI, weight_EOI, slots_R, out_dtype)
+        raise ValueError(f"grouped_gemv: implementation='native' does not apply: {refusal}")
+    return y_RO
+
+
+def _native(
+    x_RI: torch.Tensor,
+    weight: torch.Tensor,
+    slots_R: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    isa_limit: int,
+) -> torch.Tensor | None:
+    """The native result, or None without a reason: at decoding these checks are made a hundred times a token.
+
+    ``shape`` and ``strides`` are those of the weight as (E, O, I).
+    """
+    library = native_library()
+    codes = DTYPE_CODES.get(weight.dtype), DTYPE_CODES.get(x_RI.dtype), DTYPE_CODES.get(out_dtype)
+    slot_stride, output_stride, input_stride = strides
+    x_stride, unit = x_RI.stride()
+    if (
+        library is None
+        or None in codes
+        or unit != 1
+        or not (input_stride == 1 or output_stride == 1)
+        or not (x_RI.is_cpu and weight.is_cpu)
+        or (torch.is_grad_enabled() and (x_RI.requires_grad or weight.requires_grad))
+    ):
+        return None
+    rows, inputs = x_RI.shape
+    slots = 0
+    if slots_R is not None:
+        if slots_R.dtype is not torch.int64 or slots_R.shape != (rows,) or not slots_R.is_contiguous():
+            return None
+        slots = slots_R.data_ptr() if slots_R.is_cpu else None
+    num_slots, outputs, weight_inputs = shape
+    if weight_inputs != inputs or slots is None:
+        return None
+    same = out_dtype is x_RI.dtype  # naming the dtype costs half as much again
+    y_RO = x_RI.new_empty((rows, outputs)) if same else x_RI.new_empty((rows, outputs), dtype=out_dtype)
+    transposed = input_stride != 1
+    record = _pack(
+        weight.data_ptr(),
         x_RI.data_ptr(),
-        DTYPE_CODES[x_RI.dtype],
         y_RO.data_ptr(),
-        DTYPE_CODES[out_dtype],
-        None if slots_R is None else slots_R.data_ptr(),
+        slots,
+        *codes,
         rows,
         num_slots,
         outputs,
         inputs,
+        x_stride,
+        slot_stride,
+        input_stride if transposed else output_stride,
+        transposed,
         torch.get_num_threads(),
         openmp_fork(),
         isa_limit,
     )
-    if status == 2:
+    status = library.abyssal_grouped_gemv(record)
+    if status == OK:
+        return y_RO
+    if status == BAD_SLOT:
         raise ValueError(_slot_message(slots_R, num_slots))
-    assert status == 0, f"abyssal_grouped_gemv returned {status}"
-    return y_RO
+    assert status in (BAD_SHAPE, NO_STORAGE), f"abyssal_grouped_gemv returned {status}"
+    return None
 
 
-@cache
-def _native_function():
-    library = native_library()
-    assert library is not None
-    function = library.abyssal_grouped_gemv
-    pointer, code, count = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-    function.argtypes = [pointer, code, pointer, code, pointer, code, pointer, *[count] * 4, code, pointer, code]
-    function.restype = ctypes.c_int32
-    return function
-
-
-def _run(
-    x_RI: torch.Tensor,
-    weight_EOI: torch.Tensor,
-    slots_R: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    implementation: Implementation,
-) -> torch.Tensor:
-    if implementation == "reference":
-        return _checked_reference(x_RI, weight_EOI, slots_R, out_dtype)
-    refusal = native_refusal(x_RI, weight_EOI, slots_R, out_dtype)
-    if refusal is None:
-        return native(x_RI, weight_EOI, slots_R, out_dtype)
-    if implementation == "native":
-        raise ValueError(f"grouped_gemv: implementation='native' does not apply: {refusal}")
-    return _checked_reference(x_RI, weight_EOI, slots_R, out_dtype)
-
-
-def _checked_reference(
-    x_RI: torch.Tensor, weight_EOI: torch.Tensor, slots_R: torch.Tensor | None, out_dtype: torch.dtype
-) -> torch.Tensor:
-    num_slots = weight_EOI.shape[0]
-    if slots_R is not None and slots_R.numel() and not 0 <= int(slots_R.min()) <= int(slots_R.max()) < num_slots:
-        raise ValueError(_slot_message(slots_R, num_slots))
-    return reference(x_RI, weight_EOI, slots_R, out_dtype)
-
-
-def _check_shapes(x_RI: torch.Tensor, weight_EOI: torch.Tensor, slots_R: torch.Tensor) -> None:
-    shapes_fit = x_RI.ndim == 2 and weight_EOI.ndim == 3 and x_RI.shape[1] == weight_EOI.shape[2]
-    if not shapes_fit or slots_R.shape != x_RI.shape[:1]:
-        raise ValueError(
-            f"grouped_gemv: x {tuple(x_RI.shape)} must be (R, I), weight {tuple(weight_EOI.shape)} (E, O, I) "
-            f"and slots {tuple(slots_R.shape)} (R)"
-        )
+def _check(x_RI: torch.Tensor, weight_EOI: torch.Tensor, slots_R: torch.Tensor | None) -> None:
+    rows, num_slots = x_RI.shape[0], weight_EOI.shape[0]
+    slots_fit = rows % max(1, num_slots) == 0 if slots_R is None else slots_R.shape == (rows,)
+    if x_RI.shape[1] != weight_EOI.shape[2] or not slots_fit:
+        raise ValueError(_shape_message(x_RI, weight_EOI, slots_R))
+    if slots_R is None:
+        return
     if slots_R.dtype != torch.int64:
         raise ValueError(f"grouped_gemv: slots must be int64, not {slots_R.dtype}")
+    if rows and not 0 <= int(slots_R.min()) <= int(slots_R.max()) < num_slots:
+        raise ValueError(_slot_message(slots_R, num_slots))
+
+
+def _shape_message(x_RI: torch.Tensor, weight_EOI: torch.Tensor, slots_R: torch.Tensor | None) -> str:
+    slots = "absent with R a multiple of E" if slots_R is None else f"{tuple(slots_R.shape)} (R)"
+    x, weight = tuple(x_RI.shape), tuple(weight_EOI.shape)
+    return f"grouped_gemv: x {x} must be (R, I), weight {weight} (E, O, I) and slots {slots}"
 
 
 def _slot_message(slots_R: torch.Tensor | None, num_slots: int) -> str:

@@ -4,6 +4,9 @@
 without holding Python's lock, and one build serves every version of Python and torch.  A torch extension would give
 the dispatcher and autograd, at the price of compiling against one exact torch; the operators here need neither.
 
+Each function takes one packed record of 8-byte fields and returns a status.  ctypes converts arguments one by one, and
+fifteen of them cost more than a small product; packing the same values with ``struct`` costs a third.
+
 The library owns no threads.  It borrows torch's OpenMP team through ``GOMP_parallel``, which both GNU's and LLVM's
 runtimes export on Linux, because a second pool would compete with torch's spinning workers for the same cores.
 """
@@ -19,14 +22,20 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 """What ``abyssal_abi_version()`` in ``csrc/`` must answer."""
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 """``abyssal::Dtype`` of ``csrc/common.h``."""
 
+OK, BAD_DTYPE, BAD_SLOT, BAD_SHAPE, NO_STORAGE = range(5)
+"""``abyssal::Status`` of ``csrc/common.h``."""
+
 ISA_NAMES = ("generic", "avx2", "avx512")
 """Instruction sets that the kernels are written for, weakest first, as ``abyssal::Isa`` numbers them."""
+
+FUNCTIONS = ("abyssal_grouped_gemv",)
+"""The operators; each is ``int32_t f(const void* record)``."""
 
 
 @cache
@@ -46,16 +55,19 @@ def native_library() -> ctypes.CDLL | None:
     found = library.abyssal_abi_version()
     if found != ABI_VERSION:
         raise RuntimeError(f"{path} has interface {found}, expected {ABI_VERSION}; run `pip install -e .` again")
+    for name in FUNCTIONS:
+        function = getattr(library, name)
+        function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int32
     return library
 
 
 @cache
-def openmp_fork() -> int | None:
-    """Address of the ``GOMP_parallel`` of the OpenMP runtime that torch runs on; None where it has none (macOS)."""
+def openmp_fork() -> int:
+    """Address of the ``GOMP_parallel`` of the OpenMP runtime that torch runs on; 0 where it has none (macOS)."""
     try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
     except (AttributeError, OSError, TypeError):
-        return None
+        return 0
 
 
 def isa_name() -> str | None:

@@ -27,6 +27,15 @@ def draw(seed: int, rows: int, slots: int, outputs: int, inputs: int, x_dtype=to
     return x_RI, weight_EOI, torch.randint(slots, (rows,), generator=generator)
 
 
+def as_view(weight_EOI: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """The same values as rows (or, transposed, columns) of a wider and longer stack filled with NaN."""
+    stored = weight_EOI.transpose(1, 2) if transposed else weight_EOI
+    slots, lines, width = stored.shape
+    around = torch.full((slots, lines + 3, width + 5), float("nan"), dtype=weight_EOI.dtype)
+    view = around[:, 2 : 2 + lines, 3 : 3 + width].copy_(stored)
+    return view.transpose(1, 2) if transposed else view
+
+
 def assert_within_bound(y_RO, x_RI, weight_EOI, slots_R):
     exact_RO = op.reference(x_RI.double(), weight_EOI.double(), slots_R, torch.float64)
     bound_RO = op.error_bound(x_RI, weight_EOI, slots_R, y_RO.dtype)
@@ -42,6 +51,41 @@ def test_all_implementations_are_within_the_bound_of_fp64(seed, rows, slots, out
     for isa in available_isas():
         y_RO = op.native(x_RI, weight_EOI, slots_R, dtype, isa_limit=isa)
         assert_within_bound(y_RO, x_RI, weight_EOI, slots_R)
+
+
+@needs_native
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 9), st.integers(1, 4), SIZES, SIZES, FLOATS, FLOATS, st.booleans())
+def test_a_view_of_a_weight_is_read_where_it_lies(seed, rows, slots, outputs, inputs, w_dtype, dtype, transposed):
+    x_RI, weight_EOI, slots_R = draw(seed, rows, slots, outputs, inputs, w_dtype=w_dtype)
+    view_EOI = as_view(weight_EOI, transposed)
+    for isa in available_isas():
+        y_RO = op.native(x_RI, view_EOI, slots_R, dtype, isa_limit=isa)
+        assert_within_bound(y_RO, x_RI, weight_EOI, slots_R)
+        if not transposed:
+            assert torch.equal(y_RO, op.native(x_RI, weight_EOI, slots_R, dtype, isa_limit=isa))
+        alone_RO = [op.native(x_RI[[r]], view_EOI, slots_R[[r]], dtype, isa_limit=isa) for r in range(rows)]
+        assert torch.equal(y_RO, torch.cat(alone_RO))
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_without_slots_the_rows_are_divided_equally(implementation):
+    x_RI, weight_EOI, _ = draw(2, 6, 3, 5, 7)
+    expected_RO = op.grouped_gemv(x_RI, weight_EOI, torch.tensor([0, 0, 1, 1, 2, 2]), implementation=implementation)
+    assert torch.equal(op.grouped_gemv(x_RI, weight_EOI, None, implementation=implementation), expected_RO)
+    with pytest.raises(ValueError, match="multiple of E"):
+        op.grouped_gemv(x_RI[:4], weight_EOI, None, implementation=implementation)
+
+
+@needs_native
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 70), FLOATS, st.booleans())
+def test_rows_of_x_may_overlap_or_lie_apart(seed, inputs, dtype, transposed):
+    wide_RI, weight_EOI, slots_R = draw(seed, 4, 3, 9, inputs + 2, dtype, dtype)
+    for x_RI in (wide_RI[:, 2:], wide_RI[0, 2:].expand(4, inputs)):
+        view_EOI = as_view(weight_EOI[..., 2:], transposed)
+        expected_RO = op.native(x_RI.contiguous(), view_EOI, slots_R, dtype)
+        assert torch.equal(op.grouped_gemv(x_RI, view_EOI, slots_R, implementation="native"), expected_RO)
 
 
 def test_the_bound_catches_a_sum_kept_in_bf16():
@@ -65,9 +109,11 @@ def test_a_row_alone_equals_the_row_in_a_batch_bit_for_bit(seed, rows, slots, ou
 
 
 @needs_native
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_do_not_change_a_bit(dtype):
+def test_threads_do_not_change_a_bit(dtype, transposed):
     x_RI, weight_EOI, slots_R = draw(3, 6, 5, 1030, 300, w_dtype=dtype)  # above the size at which threads are used
+    weight_EOI = as_view(weight_EOI, transposed)
     before = torch.get_num_threads()
     try:
         results = []
@@ -138,6 +184,8 @@ def test_shapes_that_do_not_fit_are_named():
 def test_native_refuses_what_it_cannot_do_with_the_reason():
     x_RI, weight_EOI, slots_R = draw(9, 3, 2, 4, 4)
     with pytest.raises(ValueError, match="not contiguous"):
-        op.grouped_gemv(x_RI, weight_EOI.transpose(1, 2), slots_R, implementation="native")
+        op.grouped_gemv(x_RI[:, :2], weight_EOI[..., ::2], slots_R, implementation="native")
+    with pytest.raises(ValueError, match=r"not torch\.float64"):
+        op.grouped_gemv(x_RI.double(), weight_EOI, slots_R, implementation="native")
     with pytest.raises(ValueError, match="no backward"):
         op.grouped_gemv(x_RI, weight_EOI.requires_grad_(), slots_R, implementation="native")
