@@ -40,5 +40,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients so that their common norm is at most ``max_norm``; the norm that they had before."""
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
+    """Scale all gradients so that their common norm is at most ``max_norm``; the norm that they had before.
+
+    Gradients within the bound are left untouched, so that most steps make one pass over them and not two.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if not norm <= max_norm:
+        torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
+    return norm
