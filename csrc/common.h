@@ -98,7 +98,7 @@ ABYSSAL_TARGET_AVX2 void call_avx2(const Body& body) {
 #endif
 
 // Run `body`, plain loops that the compiler vectorises, compiled once for each instruction set.  `body` must be marked
-// ABYSSAL_INLINE_LAMBDA, and what it calls ABYSSAL_INLINE.  Contraction to fused multiply-adds is off (-std=c++17), so
+// ABYSSAL_INLINE_LAMBDA, and what it calls ABYSSAL_INLINE.  Contraction to fused multiply-adds is off (setup.py), so
 // all instruction sets give the same bits.
 template <typename Body>
 void call_vectorized(Isa isa, const Body& body) {

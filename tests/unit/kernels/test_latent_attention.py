@@ -1,0 +1,109 @@
+"""Latent attention of one query: within its bound of FP64 on every instruction set, whatever the threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from abyssal.kernels import attention as op
+from abyssal.kernels.native import ISA_NAMES, isa_name, native_library
+
+pytestmark = pytest.mark.skipif(native_library() is None, reason="installed without a C++ compiler")
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16])
+LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from([127, 128, 129, 256, 300]))
+
+
+def isas() -> range:
+    name = isa_name()
+    assert name is not None
+    return range(ISA_NAMES.index(name) + 1)
+
+
+def draw(seed: int, heads: int, length: int, width: int, dtype: torch.dtype, entries_dtype: torch.dtype):
+    """A query and entries that lie in wider rows, as those of a cache may."""
+    generator = torch.Generator().manual_seed(seed)
+    q_BSHC = torch.randn(1, 1, heads, width, generator=generator).to(dtype)
+    return q_BSHC, torch.randn(1, length, width + 5, generator=generator).to(entries_dtype)[..., 5:]
+
+
+def native(q_BSHC: Tensor, latent_BLC: Tensor, value_dim: int, scale: float, isa: int = -1) -> Tensor:
+    out_BSHC = op.native_latent_attention(q_BSHC, latent_BLC, value_dim, scale, isa_limit=isa)
+    assert out_BSHC is not None
+    return out_BSHC
+
+
+def exact(q_BSHC: Tensor, latent_BLC: Tensor, value_dim: int, scale: float) -> Tensor:
+    shared_BLHC = latent_BLC.double()[:, :, None].expand(-1, -1, q_BSHC.shape[2], -1)
+    past = latent_BLC.shape[1] - 1
+    return op.attention_reference(q_BSHC.double(), shared_BLHC, shared_BLHC[..., :value_dim], past, scale)
+
+
+def assert_within_bound(out_BSHC: Tensor, q_BSHC: Tensor, latent_BLC: Tensor, value_dim: int, scale: float) -> None:
+    distance = (out_BSHC.double() - exact(q_BSHC, latent_BLC, value_dim, scale)).abs()
+    worst = float((distance / op.latent_error_bound(q_BSHC, latent_BLC, value_dim, scale)).max())
+    assert worst <= 1, f"error is {worst:.3g} times the bound"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5), LENGTHS, st.integers(1, 150), st.data(), FLOATS, FLOATS)
+def test_it_is_within_its_bound_on_every_instruction_set(seed, heads, length, width, data, dtype, entries_dtype):
+    value_dim = data.draw(st.integers(1, width))
+    scale = data.draw(st.sampled_from([0.05, 1.0]))
+    q_BSHC, latent_BLC = draw(seed, heads, length, width, dtype, entries_dtype)
+    for isa in isas():
+        out_BSHC = native(q_BSHC, latent_BLC, value_dim, scale, isa)
+        assert out_BSHC.shape == (1, 1, heads, value_dim) and out_BSHC.dtype == dtype
+        assert_within_bound(out_BSHC, q_BSHC, latent_BLC, value_dim, scale)
+        alone = [native(q_BSHC[:, :, [head]], latent_BLC, value_dim, scale, isa) for head in range(heads)]
+        assert torch.equal(out_BSHC, torch.cat(alone, 2))
+
+
+def test_the_bound_catches_weights_rounded_to_bf16():
+    q_BSHC, latent_BLC = draw(0, 4, 200, 144, torch.bfloat16, torch.bfloat16)
+    q_BSHC, latent_BLC = q_BSHC.float(), latent_BLC.float()
+    lossy_BSHC = op._latent_attention(q_BSHC.bfloat16(), latent_BLC.bfloat16(), 128, 199, 0.2).float()
+    with pytest.raises(AssertionError, match="times the bound"):
+        assert_within_bound(lossy_BSHC, q_BSHC, latent_BLC, 128, 0.2)
+
+
+def test_an_entry_far_above_the_others_takes_all_the_weight():
+    q_BSHC, latent_BLC = torch.ones(1, 1, 2, 8), torch.zeros(1, 300, 8)
+    latent_BLC[0, 277] = torch.arange(8) * 1000.0
+    assert torch.equal(native(q_BSHC, latent_BLC, 6, 1.0)[0, 0, 1], torch.arange(6) * 1000.0)
+    latent_BLC[0, :277] = -1e9
+    assert torch.equal(native(q_BSHC, latent_BLC, 6, 1.0)[0, 0, 0], torch.arange(6) * 1000.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_do_not_change_a_bit(dtype):
+    q_BSHC, latent_BLC = draw(3, 8, 1900, 144, dtype, dtype)  # above the size at which threads are used
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(native(q_BSHC, latent_BLC, 128, 0.1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert_within_bound(results[0], q_BSHC, latent_BLC, 128, 0.1)
+
+
+@pytest.mark.parametrize("sequences,queries", [(2, 1), (1, 2)])
+def test_more_sequences_or_queries_are_left_to_torch(sequences, queries):
+    q_BSHC, latent_BLC = torch.randn(sequences, queries, 3, 8), torch.randn(sequences, 9, 8)
+    assert op.native_latent_attention(q_BSHC, latent_BLC, 6, 0.3) is None
+    out_BSHC = op.latent_attention(q_BSHC, latent_BLC, 6, 9 - queries, 0.3)
+    last_BSHC = torch.cat([native(q_BSHC[[b], -1:], latent_BLC[[b]], 6, 0.3) for b in range(sequences)])
+    torch.testing.assert_close(out_BSHC[:, -1:], last_BSHC)
+
+
+def test_gradients_and_fp64_are_left_to_torch():
+    q_BSHC, latent_BLC = torch.randn(1, 1, 3, 8), torch.randn(1, 9, 8)
+    assert op.native_latent_attention(q_BSHC.double(), latent_BLC.double(), 6, 0.3) is None
+    assert op.native_latent_attention(q_BSHC, latent_BLC.requires_grad_(), 6, 0.3) is None
+    op.latent_attention(q_BSHC, latent_BLC, 6, 8, 0.3).sum().backward()
+    assert latent_BLC.grad is not None
