@@ -4,12 +4,20 @@
 // latency of fused multiply-adds.  The order of summation depends on `size` alone.
 #pragma once
 
+#include <algorithm>
+
 #include "common.h"
 
 namespace abyssal {
 
 constexpr int64_t kDotRows = 4;  // rows side by side
 constexpr int64_t kPad = 32;     // x is padded with zeros to a multiple of this
+constexpr int64_t kAheadBytes = 4096;  // weights are fetched this far ahead or a block of rows, whichever is farther
+
+template <int N, typename T>
+ABYSSAL_INLINE int64_t fetch_ahead(int64_t stride) {
+  return std::max<int64_t>(N * stride, kAheadBytes / static_cast<int64_t>(sizeof(T)));
+}
 
 inline int64_t padded_size(int64_t size) { return (size + kPad - 1) / kPad * kPad; }
 
@@ -60,11 +68,12 @@ ABYSSAL_TARGET_AVX2 void dot_bf16_avx2(const void* w_void, int64_t stride, const
     even[n] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), x_even, even[n]);
     odd[n] = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_and_si256(pairs, high)), x_odd, odd[n]);
   };
+  const int64_t ahead = fetch_ahead<N, uint16_t>(stride);
   int64_t i = 0;
   for (; i + 16 <= size; i += 16) {
     const __m256 x_even = _mm256_loadu_ps(x + i), x_odd = _mm256_loadu_ps(x + i + 8);
     for (int n = 0; n < N; ++n) {
-      _mm_prefetch(reinterpret_cast<const char*>(w + (n + N) * stride + i), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(w + n * stride + ahead + i), _MM_HINT_T0);
       add(n, w + n * stride + i, x_even, x_odd);
     }
   }
@@ -106,12 +115,13 @@ ABYSSAL_TARGET_AVX512 void dot_bf16_avx512(const void* w_void, int64_t stride, c
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   __m512 even[N], odd[N];
   for (int n = 0; n < N; ++n) even[n] = odd[n] = _mm512_setzero_ps();
+  const int64_t ahead = fetch_ahead<N, uint16_t>(stride);
   int64_t i = 0;
   for (; i + 32 <= size; i += 32) {
     const __m512 x_even = _mm512_loadu_ps(x + i), x_odd = _mm512_loadu_ps(x + i + 16);
     for (int n = 0; n < N; ++n) {
       const uint16_t* source = w + n * stride + i;
-      _mm_prefetch(reinterpret_cast<const char*>(source + N * stride), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(source + ahead), _MM_HINT_T0);
       const __m512i pairs = _mm512_loadu_si512(source);
       even[n] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), x_even, even[n]);
       odd[n] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(pairs, high)), x_odd, odd[n]);
@@ -134,13 +144,14 @@ ABYSSAL_TARGET_AVX512 void dot_float_avx512(const void* w_void, int64_t stride, 
   const float* w = static_cast<const float*>(w_void);
   __m512 first[N], second[N];
   for (int n = 0; n < N; ++n) first[n] = second[n] = _mm512_setzero_ps();
+  const int64_t ahead = fetch_ahead<N, float>(stride);
   int64_t i = 0;
   for (; i + 32 <= size; i += 32) {
     const __m512 x_first = _mm512_loadu_ps(x + i), x_second = _mm512_loadu_ps(x + i + 16);
     for (int n = 0; n < N; ++n) {
       const float* source = w + n * stride + i;
-      _mm_prefetch(reinterpret_cast<const char*>(source + N * stride), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(source + N * stride + 16), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(source + ahead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(source + ahead + 16), _MM_HINT_T0);
       first[n] = _mm512_fmadd_ps(_mm512_loadu_ps(source), x_first, first[n]);
       second[n] = _mm512_fmadd_ps(_mm512_loadu_ps(source + 16), x_second, second[n]);
     }

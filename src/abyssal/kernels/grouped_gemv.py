@@ -16,7 +16,6 @@ Legend: R rows (a token at one of its experts), E slots, O outputs, I inputs.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -60,7 +59,7 @@ def grouped_gemv(
         return native(x_RI, weight_EOI, slots_R, out_dtype)
     y_RO = None
     if implementation == "auto":
-        y_RO = _native(x_RI, weight_EOI, slots_R, out_dtype, weight_EOI.shape, weight_EOI.stride(), -1)
+        y_RO = try_native(x_RI, weight_EOI, slots_R, out_dtype)
     if y_RO is None:
         _check(x_RI, weight_EOI, slots_R)
         y_RO = reference(x_RI, weight_EOI, slots_R, out_dtype)
@@ -78,9 +77,7 @@ def gemv(
     if x_RI.ndim != 2 or weight_OI.ndim != 2 or x_RI.shape[1] != weight_OI.shape[1]:
         raise ValueError(f"gemv: x {tuple(x_RI.shape)} must be (R, I) and weight {tuple(weight_OI.shape)} (O, I)")
     if implementation != "reference":
-        output_stride, input_stride = weight_OI.stride()
-        shape, strides = (1, *weight_OI.shape), (0, output_stride, input_stride)
-        y_RO = _native(x_RI, weight_OI, None, out_dtype or x_RI.dtype, shape, strides, -1)
+        y_RO = try_native(x_RI, weight_OI, None, out_dtype or x_RI.dtype)
         if y_RO is not None:
             return y_RO
     return grouped_gemv(x_RI, weight_OI[None], None, out_dtype=out_dtype, implementation=implementation)
@@ -152,7 +149,7 @@ def native(
 
     ``isa_limit`` is the strongest instruction set to use, an index into ``native.ISA_NAMES``; negative: the best.
     """
-    y_RO = _native(x_RI, weight_EOI, slots_R, out_dtype, weight_EOI.shape, weight_EOI.stride(), isa_limit)
+    y_RO = try_native(x_RI, weight_EOI, slots_R, out_dtype, isa_limit)
     if y_RO is None:
         _check(x_RI, weight_EOI, slots_R)
         refusal = native_refusal(x_RI, weight_EOI, slots_R, out_dtype)
@@ -160,22 +157,25 @@ def native(
     return y_RO
 
 
-def _native(
+def try_native(
     x_RI: torch.Tensor,
     weight: torch.Tensor,
     slots_R: torch.Tensor | None,
     out_dtype: torch.dtype,
-    shape: Sequence[int],
-    strides: Sequence[int],
-    isa_limit: int,
+    isa_limit: int = -1,
 ) -> torch.Tensor | None:
     """The native result, or None without a reason: at decoding these checks are made a hundred times a token.
 
-    ``shape`` and ``strides`` are those of the weight as (E, O, I).
+    ``weight`` is (E, O, I) or, without slots, (O, I).
     """
     library = native_library()
     codes = DTYPE_CODES.get(weight.dtype), DTYPE_CODES.get(x_RI.dtype), DTYPE_CODES.get(out_dtype)
-    slot_stride, output_stride, input_stride = strides
+    if weight.ndim == 3:
+        num_slots, outputs, weight_inputs = weight.shape
+        slot_stride, output_stride, input_stride = weight.stride()
+    else:
+        (outputs, weight_inputs), num_slots = weight.shape, 1
+        (output_stride, input_stride), slot_stride = weight.stride(), 0
     x_stride, unit = x_RI.stride()
     if (
         library is None
@@ -192,7 +192,6 @@ def _native(
         if slots_R.dtype is not torch.int64 or slots_R.shape != (rows,) or not slots_R.is_contiguous():
             return None
         slots = slots_R.data_ptr() if slots_R.is_cpu else None
-    num_slots, outputs, weight_inputs = shape
     if weight_inputs != inputs or slots is None:
         return None
     same = out_dtype is x_RI.dtype  # naming the dtype costs half as much again

@@ -189,3 +189,14 @@ def test_native_refuses_what_it_cannot_do_with_the_reason():
         op.grouped_gemv(x_RI.double(), weight_EOI, slots_R, implementation="native")
     with pytest.raises(ValueError, match="no backward"):
         op.grouped_gemv(x_RI, weight_EOI.requires_grad_(), slots_R, implementation="native")
+
+
+@needs_native
+def test_try_native_gives_nothing_where_it_does_not_apply():
+    x_RI, weight_EOI, slots_R = draw(10, 3, 2, 4, 4)
+    assert op.try_native(x_RI.double(), weight_EOI, slots_R, torch.float32) is None
+    assert op.try_native(x_RI, weight_EOI, slots_R.int(), torch.float32) is None
+    assert op.try_native(x_RI[:, :2], weight_EOI[..., ::2], slots_R, torch.float32) is None
+    assert op.try_native(x_RI.to("meta"), weight_EOI, slots_R, torch.float32) is None
+    y_RO = op.try_native(x_RI, weight_EOI[1], None, torch.float32)
+    assert y_RO is not None and torch.equal(y_RO, op.gemv(x_RI, weight_EOI[1]))
