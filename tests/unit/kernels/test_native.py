@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from abyssal.kernels import native
+from abyssal.kernels import attention, native, rms_norm, swiglu
 from abyssal.kernels.grouped_gemv import grouped_gemv
 
 
@@ -30,6 +30,17 @@ def test_without_the_library_one_line_is_logged_and_the_reference_runs(without_l
     assert native.isa_name() is None
     with pytest.raises(ValueError, match="was not built"):
         grouped_gemv(x_RI, weight_EOI, slots_R, implementation="native")
+
+
+def test_without_the_library_every_operator_still_runs(without_library):
+    x_TD, weights_T = torch.linspace(-2, 2, 12).view(3, 4), torch.ones(3)
+    assert rms_norm.native(x_TD, torch.ones(4), 1e-6) is None and swiglu.native(x_TD, weights_T) is None
+    torch.testing.assert_close(
+        rms_norm.rms_norm(x_TD, torch.ones(4), 1e-6), rms_norm.rms_norm_reference(x_TD, torch.ones(4), 1e-6)
+    )
+    torch.testing.assert_close(swiglu.swiglu(x_TD, weights_T), swiglu.swiglu_reference(x_TD, weights_T))
+    assert attention.native_latent_attention(x_TD[None, None, :1], x_TD[None], 2, 1.0) is None
+    assert attention.latent_attention(x_TD[None, None, :1], x_TD[None], 2, 2, 1.0).shape == (1, 1, 1, 2)
 
 
 def test_a_library_of_another_interface_is_refused(monkeypatch):
