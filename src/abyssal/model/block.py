@@ -8,8 +8,6 @@ Legend: T tokens, D model.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -77,7 +75,7 @@ class Block(nn.Module):
         ffn = self.ffn if isinstance(self.ffn, FFN) else self.ffn.shared
         assert io.u_TD is not None
         shared_TD = None if ffn is None else ffn(io.u_TD, step)
-        return replace(io, u_TD=None, shared_TD=shared_TD)
+        return io.having(u_TD=None, shared_TD=shared_TD)
 
     def experts(self, io: StageIO, step: Step) -> StageIO:
         """The routed experts over the rows sent to this rank."""
@@ -85,7 +83,7 @@ class Block(nn.Module):
             return io
         assert io.rows_AD is not None and io.weights_A is not None and io.plan is not None
         rows_AD = self.ffn.experts(io.rows_AD, io.weights_A, io.plan.counts, step)
-        return replace(io, rows_AD=rows_AD, weights_A=None)
+        return io.having(rows_AD=rows_AD, weights_A=None)
 
     def finish(self, io: StageIO, step: Step) -> StageIO:
         """Residual."""

@@ -68,10 +68,16 @@ class StageIO:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
+    def having(self, **changes: Tensor | DispatchPlan | None) -> StageIO:
+        """A copy with other values in some fields; a tenth of the time of ``dataclasses.replace``, which decoding,
+        with a few of them a layer, would feel."""
+        copy = object.__new__(StageIO)
+        copy.__dict__.update(self.__dict__, **changes)
+        return copy
+
     def cut(self) -> StageIO:
         """The same values outside any graph, as leaves that collect gradients."""
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self.tensors().items()}
-        return replace(self, **leaves)
+        return self.having(**{name: tensor.detach().requires_grad_() for name, tensor in self.tensors().items()})
 
 
 Gradients = dict[str, Tensor]
@@ -95,7 +101,7 @@ def _dispatch(io: StageIO, step: Step) -> StageIO:
         return io
     assert io.u_TD is not None and io.weights_TK is not None
     rows_AD, weights_A = dispatch(io.u_TD, io.weights_TK, io.plan, step.dispatcher)
-    return replace(io, weights_TK=None, rows_AD=rows_AD, weights_A=weights_A)
+    return io.having(weights_TK=None, rows_AD=rows_AD, weights_A=weights_A)
 
 
 def _combine(io: StageIO, step: Step) -> StageIO:
@@ -103,7 +109,7 @@ def _combine(io: StageIO, step: Step) -> StageIO:
     if io.plan is None:
         return io
     assert io.rows_AD is not None
-    return replace(io, plan=None, rows_AD=None, combined_TD=combine(io.rows_AD, io.plan, step.dispatcher))
+    return io.having(plan=None, rows_AD=None, combined_TD=combine(io.rows_AD, io.plan, step.dispatcher))
 
 
 def run_stage(name: StageName, block: Block, io: StageIO, step: Step) -> StageIO:
@@ -177,10 +183,10 @@ class StageRun:
         if self.name == "dispatch":
             assert io.u_TD is not None and io.weights_TK is not None
             handle = dispatcher.start_dispatch(io.u_TD.detach(), io.weights_TK.detach(), plan)
-            return _Then(handle, lambda sent: replace(io, weights_TK=None, rows_AD=sent[0], weights_A=sent[1]))
+            return _Then(handle, lambda sent: io.having(weights_TK=None, rows_AD=sent[0], weights_A=sent[1]))
         assert io.rows_AD is not None
         handle = dispatcher.start_combine(io.rows_AD.detach(), None, plan)
-        return _Then(handle, lambda sent: replace(io, plan=None, rows_AD=None, combined_TD=sent[0]))
+        return _Then(handle, lambda sent: io.having(plan=None, rows_AD=None, combined_TD=sent[0]))
 
     def start_backward(self, gradients: Gradients) -> Handle[Gradients]:
         """Begin the communication of its backward: combine for dispatch, dispatch for combine."""

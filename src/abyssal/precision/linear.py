@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.kernels.grouped_gemm import grouped_gemm, grouped_gemm_input, grouped_gemm_weight
-from abyssal.kernels.grouped_gemv import gemv, grouped_gemv, native_refusal
+from abyssal.kernels.grouped_gemv import try_native
 from abyssal.precision.recipe import LinearEntry
 
 GEMV_ROWS = 4
@@ -60,6 +60,16 @@ def operand_dtype(x: Tensor, entry: LinearEntry) -> torch.dtype:
     if entry.operands == "float32":
         return torch.promote_types(x.dtype, torch.float32)
     return x.dtype
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``; the check is cheaper than a cast that does nothing."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _widens(narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether a cast is exact, so that a kernel which widens as it reads computes the same product."""
+    return narrow is wide or (narrow is torch.bfloat16 and wide is torch.float32)
 
 
 def accumulate_gradient(parameter: Tensor, gradient: Tensor) -> None:
@@ -139,10 +149,12 @@ def linear(x_TI: Tensor, weight_OI: Tensor, entry: LinearEntry, queue: WeightQue
     dtype = operand_dtype(x_TI, entry)
     if torch.is_grad_enabled() and (x_TI.requires_grad or weight_OI.requires_grad):
         return _Linear.apply(x_TI, weight_OI, dtype, queue)  # type: ignore[no-any-return]
-    operand_TI, operand_OI = x_TI.to(dtype), weight_OI.to(dtype)
-    if len(x_TI) <= GEMV_ROWS and native_refusal(operand_TI, operand_OI, None, dtype) is None:
-        return gemv(operand_TI, operand_OI, implementation="native")
-    return operand_TI @ operand_OI.t()
+    operand_TI = _cast(x_TI, dtype)
+    if len(x_TI) <= GEMV_ROWS and _widens(weight_OI.dtype, dtype):
+        y_TO = try_native(operand_TI, weight_OI, None, dtype)
+        if y_TO is not None:
+            return y_TO
+    return operand_TI @ _cast(weight_OI, dtype).t()
 
 
 def grouped_linear(
@@ -167,11 +179,16 @@ def grouped_linear(
     dtype = operand_dtype(x_TI, entry)
     if torch.is_grad_enabled() and (x_TI.requires_grad or weight_EOI.requires_grad):
         return _GroupedLinear.apply(x_TI, weight_EOI, counts, dtype, queue)  # type: ignore[no-any-return]
-    operand_TI, operand_EOI = x_TI.to(dtype), weight_EOI.to(dtype)
-    if max(counts) <= GEMV_ROWS and native_refusal(operand_TI, operand_EOI, None, dtype) is None:
-        groups_T = torch.tensor([group for group, count in enumerate(counts) for _ in range(count)])
-        return grouped_gemv(operand_TI, operand_EOI, groups_T, implementation="native")
-    return grouped_gemm(operand_TI, operand_EOI, counts)
+    operand_TI = _cast(x_TI, dtype)
+    most = max(counts)
+    if most <= GEMV_ROWS and _widens(weight_EOI.dtype, dtype):
+        groups_T = None  # equal groups need no list of slots
+        if most * len(counts) != len(x_TI):
+            groups_T = torch.tensor([group for group, count in enumerate(counts) for _ in range(count)])
+        y_TO = try_native(operand_TI, weight_EOI, groups_T, dtype)
+        if y_TO is not None:
+            return y_TO
+    return grouped_gemm(operand_TI, _cast(weight_EOI, dtype), counts)
 
 
 class Linear(nn.Module):
