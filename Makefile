@@ -1,6 +1,6 @@
 # Every target sets itself up: from a fresh clone, `make quickstart` or `make test` is all there is to type.
 #   PYTHON=python3.12 make test      another interpreter (3.11 or newer)
-#   PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" make test      torch without CUDA on Linux
+#   PIP_ARGS="..." make test          more arguments for pip, such as an index that has torch without CUDA
 
 PYTHON ?= python3
 PIP_ARGS ?=
