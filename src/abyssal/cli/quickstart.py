@@ -87,7 +87,7 @@ def _run(out: Path, config: TrainConfig, console: Console) -> list[str]:
     plot_run(picture, history, baselines, text.train_bytes_per_token, title)
     for written in (*after, _sampled_text(reloaded, text.tokenizer)):
         console.rule(style="dim")
-        console.print(written, markup=False, highlight=False)
+        console.print(written.rstrip(), markup=False, highlight=False)
     console.rule(style="dim")
     seconds = time.perf_counter() - begin
     figures = Figures(spec, result.evaluation, baselines, result.tokens, result.seconds, seconds, before, after)
@@ -105,7 +105,9 @@ def _greedy_texts(model: Transformer, tokenizer: Tokenizer) -> tuple[str, ...]:
 def _sampled_text(model: Transformer, tokenizer: Tokenizer) -> str:
     import torch
 
-    return _written(model, tokenizer, "", 0.8, torch.Generator().manual_seed(0))
+    from abyssal.train.quickstart import SAMPLED_PROMPT
+
+    return _written(model, tokenizer, SAMPLED_PROMPT, 0.7, torch.Generator().manual_seed(0))
 
 
 def _written(

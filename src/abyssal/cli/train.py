@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from abyssal.cli.arguments import parse
-from abyssal.train.config import TrainConfig
+from abyssal.train.config import TrainConfig, width_init_std
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Options:
     """Tokens of the tokenizer to be trained; the preset's by default."""
     held_out: float = 0.05
     """Share of the documents to validate on."""
-    init_std: float = 0.02
-    """Standard deviation of the initial weights (V3's 0.006 is for a hidden size of 7168)."""
+    init_std: float | None = None
+    """Standard deviation of the initial weights; 0.5 / sqrt(hidden size) by default, which is V3's 0.006 at 7168."""
     train: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=TrainConfig)
 
 
@@ -43,7 +43,9 @@ def main(argv: list[str]) -> int:
         raise ValueError("--vocab-size is of a tokenizer to be trained; leave it out beside --tokenizer")
     folder = RunFolder(options.out)
     folder.check_free()
-    spec = replace(preset(options.model), init_std=options.init_std)
+    spec = preset(options.model)
+    init_std = width_init_std(spec.hidden_size) if options.init_std is None else options.init_std
+    spec = replace(spec, init_std=init_std)
     options.train.check_fits(spec)
 
     from abyssal.train.run import run_training

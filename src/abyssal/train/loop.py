@@ -17,7 +17,7 @@ from abyssal.data.batches import TokenStream, held_out_batches
 from abyssal.model.transformer import Transformer
 from abyssal.precision.recipe import Recipe
 from abyssal.spec.model import ModelSpec
-from abyssal.train.config import TrainConfig
+from abyssal.train.config import TrainConfig, default_compute
 from abyssal.train.evaluate import Evaluation, evaluate
 from abyssal.train.metrics import Observer, StepRecord, ValidationRecord
 from abyssal.train.step import Trainer
@@ -39,7 +39,8 @@ class TrainResult:
 
 def build_model(spec: ModelSpec, config: TrainConfig) -> Transformer:
     """The model at step 0: FP32 parameters drawn from the seed, activations in ``config.compute``."""
-    model = Transformer(spec, Recipe(activations=config.compute), dtype=torch.float32)
+    compute = config.compute or default_compute(spec.hidden_size)
+    model = Transformer(spec, Recipe(activations=compute), dtype=torch.float32)
     model.init_weights(torch.Generator().manual_seed(config.seed))
     return model
 

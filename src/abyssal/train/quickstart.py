@@ -15,39 +15,45 @@ from rich.table import Table
 from abyssal.data.baselines import Baselines
 from abyssal.spec.model import ModelSpec
 from abyssal.spec.presets import preset
-from abyssal.train.config import BalanceConfig, OptimizerConfig, TrainConfig
+from abyssal.train.config import BalanceConfig, OptimizerConfig, TrainConfig, width_init_std
 from abyssal.train.evaluate import Evaluation
 
 MARKER = ".made-by-abyssal-quickstart"
 """A file in every folder that the quickstart made: only those may it replace."""
 VOCAB_SIZE = 4096
-INIT_STD = 0.02
-STEPS = 1200
+STEPS = 1800
 
 PROMPTS = (
     'def read(self, size=-1):\n    """',
-    "import os\nimport sys\n\n\nclass ",
+    "        if not isinstance(",
 )
+"""Of the greedy texts."""
+SAMPLED_PROMPT = "import os\nimport sys\n\n\nclass Reader:\n"
 SHARE_OF_UNIGRAM_RATE = 2.0
 LARGEST_VIOLATION = 0.5
 
 
 def quickstart_spec() -> ModelSpec:
-    """The preset ``tiny``, initialised for its width."""
-    return replace(preset("tiny"), vocab_size=VOCAB_SIZE, init_std=INIT_STD)
+    """The preset ``tiny`` with a smaller vocabulary, initialised for its width."""
+    spec = preset("tiny")
+    return replace(spec, vocab_size=VOCAB_SIZE, init_std=width_init_std(spec.hidden_size))
 
 
 def quickstart_config(steps: int = STEPS) -> TrainConfig:
-    """How it is trained."""
+    """How it is trained.
+
+    Balance is pushed harder than in V3's fourteen trillion tokens: a run of some thousand steps needs a faster bias,
+    and with 512 tokens a step a larger balance loss, which costs no bits per byte here.
+    """
     return TrainConfig(
         steps=steps,
-        seq_len=256,
+        seq_len=128,
         batch_size=4,
-        compute="bfloat16",
-        validate_every=max(1, steps // 8),
-        validation_batches=8,
+        compute="float32",
+        validate_every=max(1, steps // 6),
+        validation_batches=32,
         optimizer=OptimizerConfig(lr=4e-3, warmup_steps=50, lr_floor=0.05),
-        balance=BalanceConfig(bias_speed=1e-2, bias_decay="linear"),
+        balance=BalanceConfig(bias_speed=2e-2, bias_decay="linear", balance_alpha=1e-2),
     )
 
 

@@ -30,6 +30,7 @@ def run_training(
     Raises:
         ValueError: what :func:`~abyssal.train.loop.open_stream` raises; nothing is written then.
     """
+    config = config.resolved(spec)
     open_stream(spec, config, text)
     folder.path.mkdir(parents=True, exist_ok=True)
     record = {

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abyssal.train.config import BalanceConfig, OptimizerConfig, TrainConfig
+from abyssal.spec.presets import preset
+from abyssal.train.config import BalanceConfig, OptimizerConfig, TrainConfig, width_init_std
 from abyssal.train.schedules import decay, factor, warmup
 
 
@@ -81,3 +82,10 @@ def test_config_names_the_field_that_is_wrong(fields, message) -> None:
 def test_config_and_schedules_are_free_of_torch() -> None:
     code = "import sys, abyssal.train.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_the_width_decides() -> None:
+    assert width_init_std(7168) == pytest.approx(0.006, rel=0.02)
+    assert TrainConfig().resolved(preset("tiny")).compute == "float32"
+    assert TrainConfig().resolved(preset("small")).compute == "bfloat16"
+    assert TrainConfig(compute="float32").resolved(preset("small")).compute == "float32"
