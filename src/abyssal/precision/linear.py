@@ -82,9 +82,12 @@ def accumulate_gradient(parameter: Tensor, gradient: Tensor) -> None:
 
 
 def _finish_weight(ctx: Any, compute: Callable[[], Tensor]) -> Tensor | None:
-    """The weight gradient now, or nothing now and a closure in the queue."""
+    """The weight gradient now, or nothing now and a closure in the queue.
+
+    A view of a parameter (absorbed latent attention has two) does not wait: autograd alone knows the way back to it.
+    """
     weight: Tensor = ctx.weight
-    if ctx.queue is None:
+    if ctx.queue is None or not weight.is_leaf:
         return compute().to(weight.dtype)
     ctx.queue.put(lambda: accumulate_gradient(weight, compute()))
     return None

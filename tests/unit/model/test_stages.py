@@ -86,8 +86,8 @@ def test_only_dispatch_and_combine_communicate() -> None:
     assert {name for name, run in runs.items() if run.communicates} == set(COMMUNICATING) == {"dispatch", "combine"}
 
 
-def whole_model_loss(model: Transformer, tokens: Tensor, queue: WeightQueue | None) -> Tensor:
-    step = model.step(PackedBatch([tokens.shape[1]] * len(tokens)), queue=queue)
+def whole_model_loss(model: Transformer, tokens: Tensor, queue: WeightQueue | None, absorbed: bool) -> Tensor:
+    step = model.step(PackedBatch([tokens.shape[1]] * len(tokens), absorbed=absorbed), queue=queue)
     hidden = model.hidden(tokens.flatten(), step)
     shifted = tokens.roll(-1, 1).flatten()
     for depth in range(model.spec.mtp_depth):
@@ -95,17 +95,18 @@ def whole_model_loss(model: Transformer, tokens: Tensor, queue: WeightQueue | No
     return model.logits(hidden).square().mean()
 
 
+@pytest.mark.parametrize("absorbed", [False, True])
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "llama"])
-def test_weight_queue_gives_the_gradients_of_autograd(family: str) -> None:
+def test_weight_queue_gives_the_gradients_of_autograd(family: str, absorbed: bool) -> None:
     spec = draw_spec(family, 3)  # type: ignore[arg-type]
     spec = replace(spec, mtp_depth=1) if family == "deepseek_v3" else spec
     model = random_model(spec, dtype=torch.float64)
     tokens = random_tokens(spec, 2, 10)
-    whole_model_loss(model, tokens, None).backward()
+    whole_model_loss(model, tokens, None, absorbed).backward()
     expected = gradients_of(model)
 
     queue = WeightQueue()
-    whole_model_loss(model, tokens, queue).backward()
+    whole_model_loss(model, tokens, queue, absorbed).backward()
     assert len(queue) > 10
     assert all(block.attention.out.weight.grad is None for block in model.blocks())
     queue.run()
