@@ -38,6 +38,7 @@ class LatentCache:
         shape = (capacity, spec.attention.cache_values)
         self._layers = [torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.num_layers)]
         self.capacity = capacity
+        self.device = torch.device(device)
         self.length = 0
 
     def store(self, layer: int, start: int, entries_TX: Tensor) -> None:
@@ -61,7 +62,7 @@ class CachedTokens:
         self._cache = cache
         self._past = past
         self._rows = slice(0, num_tokens)
-        self.positions_T = torch.arange(past, past + num_tokens)
+        self.positions_T = torch.arange(past, past + num_tokens, device=cache.device)
         self.absorbed = absorbed
 
     def write(self, layer: int, entries_TX: Tensor) -> Tensor:

@@ -46,7 +46,8 @@ def attention(q_BSHQ: Tensor, k_BLHQ: Tensor, v_BLHV: Tensor, past: int, scale: 
     Keys and values may have fewer heads than queries (grouped-query attention): consecutive query heads share one.
     Returns (B, S, H, V).
     """
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q_BSHQ, k_BLHQ, v_BLHV))
+    seen = past + q_BSHQ.shape[1]  # no query sees the keys after the last query's own
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q_BSHQ, k_BLHQ[:, :seen], v_BLHV[:, :seen]))
     value_dim, width = v.shape[-1], max(q.shape[-1], v.shape[-1])
     if width > value_dim:
         v = F.pad(v, (0, width - value_dim))
@@ -68,6 +69,9 @@ def latent_attention(q_BSHC: Tensor, latent_BLC: Tensor, value_dim: int, past: i
 
     Returns (B, S, H, value_dim): the attended latent of each head.  Scores and softmax are in FP32 at least.
     """
+    seen = past + q_BSHC.shape[1]
+    if seen < latent_BLC.shape[1]:  # no query sees the entries after the last query's own
+        latent_BLC = latent_BLC[:, :seen]
     out_BSHC = native_latent_attention(q_BSHC, latent_BLC, value_dim, scale)
     return _latent_attention(q_BSHC, latent_BLC, value_dim, past, scale) if out_BSHC is None else out_BSHC
 
@@ -89,8 +93,8 @@ def native_latent_attention(
 ) -> Tensor | None:
     """The C++ of ``csrc/latent_attention.cpp``, within :func:`latent_error_bound`; None where it does not apply.
 
-    It takes one sequence with one query, CPU tensors in FP32 or BF16 (query and entries each), entries of contiguous
-    values, and has no backward.  The number of threads does not change a bit of the result.
+    It takes one sequence with one query that sees every entry, CPU tensors in FP32 or BF16 (query and entries each),
+    entries of contiguous values, and has no backward.  The number of threads does not change a bit of the result.
     ``isa_limit`` is the strongest instruction set to use, an index into ``native.ISA_NAMES``; negative: the best.
     """
     batch, num_queries, heads, width = q_BSHC.shape

@@ -79,19 +79,36 @@ class Experts(nn.Module):
             changes: for each slot whose expert changes, its weights (2F, D) and (D, F).
 
         Raises:
-            ValueError: another number of slots, or a changed slot without weights.  Nothing is changed then.
+            ValueError: another number of slots or experts, a changed slot without weights, or weights that do not fit
+                their slot.  Nothing is changed then.
         """
         if len(placement.slots) != len(self.slots):
             raise ValueError(
                 f"placement: {len(placement.slots)} slots do not fit the {len(self.slots)} that this layer holds"
             )
+        _check_experts(placement, self.placement.num_experts)
         changed = {slot for slot, expert in enumerate(placement.slots) if expert != self.slots[slot]}
         if missing := sorted(changed - changes.keys()):
             raise ValueError(f"changes: slots {missing[:8]} hold another expert from now on; give their weights")
         for slot, (gate_up_FD, down_DF) in changes.items():
+            shapes, fitting = (
+                (gate_up_FD.shape, down_DF.shape),
+                (self.w_gate_up_EFD.shape[1:], self.w_down_EDF.shape[1:]),
+            )
+            if slot not in range(len(self.slots)) or shapes != fitting:
+                raise ValueError(
+                    f"changes: weights of shapes {[tuple(shape) for shape in shapes]} for slot {slot} do not fit "
+                    f"slots 0..{len(self.slots) - 1} of {[tuple(shape) for shape in fitting]}"
+                )
+        for slot, (gate_up_FD, down_DF) in changes.items():
             self.w_gate_up_EFD[slot].copy_(gate_up_FD)
             self.w_down_EDF[slot].copy_(down_DF)
         self.placement = placement
+
+
+def _check_experts(placement: Placement, num_experts: int) -> None:
+    if placement.num_experts != num_experts:
+        raise ValueError(f"placement: is of {placement.num_experts} experts, the layer has {num_experts}; make it anew")
 
 
 class MoE(nn.Module):
@@ -109,6 +126,7 @@ class MoE(nn.Module):
         moe = spec.moe
         assert moe is not None
         placement = placement or Placement.identity(moe.num_experts)
+        _check_experts(placement, moe.num_experts)
         self.router = Router(spec.hidden_size, moe, recipe.gate, device, dtype)
         self.experts = Experts(spec, placement, recipe.experts, device, dtype)
         shared_size = moe.num_shared_experts * moe.expert_ffn_size

@@ -102,6 +102,11 @@ class Router(nn.Module):
         scores_TE = scores(linear(u_TD, self.weight, self.entry, step.queue), self.moe)
         if step.forced_routing is not None and layer in step.forced_routing:
             expert_ids_TK = step.forced_routing[layer]
+            if expert_ids_TK.shape != (len(u_TD), self.moe.top_k):
+                raise ValueError(
+                    f"forced_routing: shape {tuple(expert_ids_TK.shape)} in layer {layer} does not fit {len(u_TD)} "
+                    f"tokens and top_k {self.moe.top_k}; give the ids of this very batch"
+                )
         else:
             expert_ids_TK = choose(scores_TE.detach(), self.bias_E, self.moe)
         weights_TK = gate(scores_TE, expert_ids_TK, self.moe)

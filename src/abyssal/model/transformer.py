@@ -51,6 +51,9 @@ class Transformer(nn.Module):
         recipe: the formats of its matrix products.
         placements: by layer, where the routed experts are; the identity where absent.
         device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a placement of another number of experts, or for a layer without experts.
     """
 
     def __init__(
@@ -80,6 +83,12 @@ class Transformer(nn.Module):
             MTPModule(spec, depth, recipe, placements.get(spec.num_layers + depth), device, dtype)
             for depth in range(spec.mtp_depth)
         )
+
+        self._check_layers("placements", placements)
+
+    def _check_layers(self, argument: str, by_layer: Mapping[int, object]) -> None:
+        if by_layer and (stray := sorted(by_layer.keys() - self.placements().keys())):
+            raise ValueError(f"{argument}: layers {stray[:8]} have no experts; those that do: {[*self.placements()]}")
 
     @property
     def head_weight(self) -> Tensor:
@@ -114,7 +123,11 @@ class Transformer(nn.Module):
         """A step over ``context``; every expert on this rank unless a dispatcher is given.
 
         ``fields`` are those of :class:`~abyssal.model.step.Step`: queue, balance, forced_routing.
+
+        Raises:
+            ValueError: routing forced on a layer without experts.
         """
+        self._check_layers("forced_routing", fields.get("forced_routing") or {})
         dispatcher = dispatcher or self.local_dispatcher()
         return Step(context, dispatcher, rotation(self.spec, context.positions_T, self.embed.weight.dtype), **fields)
 
@@ -156,6 +169,8 @@ class Transformer(nn.Module):
 
     def check_tokens(self, tokens_BS: Tensor) -> None:
         """Raise ``ValueError`` for a batch that this model cannot take, saying why."""
+        if tokens_BS.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"tokens_BS: dtype {tokens_BS.dtype}; token ids are int64 (tokens.long())")
         if tokens_BS.dim() != 2 or tokens_BS.numel() == 0:
             raise ValueError(f"tokens_BS: shape {tuple(tokens_BS.shape)}; give a batch (sequences, positions)")
         if tokens_BS.shape[1] > self.spec.max_positions:

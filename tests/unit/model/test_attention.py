@@ -75,6 +75,17 @@ def test_latent_attention_is_attention_with_one_shared_head() -> None:
     assert torch.allclose(latent_attention(q, entries, 8, 4, 0.5), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_no_query_sees_keys_after_its_own(dtype: torch.dtype, queries: int) -> None:
+    """A cache may hold more than the queries may see (a draft's tokens, another micro-batch's)."""
+    q, entries = torch.randn(1, queries, 4, 8, dtype=dtype), torch.randn(1, 9, 8, dtype=dtype)
+    keys = entries[:, :, None].expand(-1, -1, 4, -1)
+    bound = 1e-12 if dtype == torch.float64 else 2.0**-22 * 9
+    for actual in (attention(q, keys, keys, 4, 0.5), latent_attention(q, entries, 8, 4, 0.5)):
+        assert relative_difference(actual, attention_reference(q, keys, keys, 4, 0.5)) < bound
+
+
 def test_sequences_of_a_packed_batch_do_not_see_each_other() -> None:
     spec = draw_spec("deepseek_v3", 1)
     model = random_model(spec, dtype=torch.float64)
@@ -108,3 +119,10 @@ def test_model_refuses_bad_tokens() -> None:
         model(torch.full((1, 4), spec.vocab_size))
     with pytest.raises(ValueError, match="batch"):
         model(torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"dtype torch\.float32"):
+        model(torch.zeros(1, 4))
+
+
+def test_a_cache_gives_positions_on_its_own_device() -> None:
+    cache = LatentCache(draw_spec("deepseek_v3", 0), 4, torch.float32, "meta")
+    assert cache.extend(2, absorbed=False).positions_T.device.type == "meta"

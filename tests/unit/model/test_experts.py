@@ -141,6 +141,23 @@ def test_replicas_change_nothing() -> None:
             assert relative_difference(summed, whole) < 1e-10
 
 
+def test_placements_and_forced_routing_must_fit_the_model() -> None:
+    spec = draw_spec("deepseek_v3", 1)
+    assert spec.moe is not None
+    count, model = spec.moe.num_experts, random_model(spec)
+    for wrong in (count - 1, count + 1):
+        with pytest.raises(ValueError, match=f"placement: is of {wrong} experts, the layer has {count}"):
+            Transformer(spec, placements={1: Placement.identity(wrong)})
+    with pytest.raises(ValueError, match=r"placements: layers \[0\] have no experts; those that do: \[1"):
+        Transformer(spec, placements={0: Placement.identity(count)})
+    ids_TK = torch.zeros(6, spec.moe.top_k, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"forced_routing: layers \[0\] have no experts"):
+        model.step(PackedBatch([6]), forced_routing={0: ids_TK})
+    for other in (ids_TK[:5], ids_TK[:, 1:]):
+        with pytest.raises(ValueError, match=r"forced_routing: shape .* in layer 1"):
+            model.hidden(torch.arange(6), model.step(PackedBatch([6]), forced_routing={1: other}))
+
+
 def test_load_slots_changes_what_a_slot_holds() -> None:
     spec = draw_spec("deepseek_v3", 1)
     assert spec.moe is not None
@@ -160,6 +177,11 @@ def test_load_slots_changes_what_a_slot_holds() -> None:
             experts.load_slots(target, {})
         with pytest.raises(ValueError, match="slots do not fit"):
             experts.load_slots(Placement.identity(count), {})
+        gate_up, down = expert(experts, 2)
+        for changes in ({count: (gate_up[0], down)}, {count: (gate_up, down[:, :1])}, {-1: (gate_up, down)}):
+            with pytest.raises(ValueError, match=r"changes: weights of shapes .* do not fit"):
+                experts.load_slots(target, {count: (gate_up, down), **changes})
+        assert experts.slots == start.slots
         experts.load_slots(target, {count: expert(experts, 2)})
         assert experts.slots == target.slots
     assert relative_difference(moved(tokens), expected) < 1e-10
