@@ -102,7 +102,13 @@ def convert(
         task = _task(folder, form, include_mtp, max_shard_bytes)
         with Journal(partial / "journal", task) as journal:
             if not destination.exists():
-                _write(folder, shards, partial / "model", journal, progress or (lambda done, total: None), sync_bytes)
+                _make_room(partial / "model", shards)
+                try:
+                    report = progress or (lambda done, total: None)
+                    _write(folder, shards, partial / "model", journal, report, sync_bytes)
+                except ValueError:  # the weights are at fault, so a later run has others: nothing here is of use to it
+                    shutil.rmtree(partial)
+                    raise
                 _finish(source, config, shards, partial / "model", destination)
             shutil.rmtree(partial)
     return Conversion(len(tensors), len(shards), sum(shard.num_bytes for shard in shards))
@@ -133,7 +139,6 @@ def _plan(folder: CheckpointFolder, form: Format, include_mtp: bool) -> tuple[li
 def _write(
     folder: CheckpointFolder, shards: list[Shard], model: Path, journal: Journal, progress: Progress, sync_bytes: int
 ) -> None:
-    model.mkdir(exist_ok=True)
     total, done = sum(shard.num_bytes for shard in shards), 0
     quantisation = read_quantization(folder.config)
     power_of_two = quantisation is not None and quantisation.power_of_two_scales
@@ -141,7 +146,6 @@ def _write(
     def rows_of(stored: StoredTensor, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         return _convert_rows(folder, stored, start, stop, power_of_two)
 
-    _check_space(model, total)
     for number, shard in enumerate(shards):
         if not (model / shard.file).exists():
             for written in _write_shard(model, shard, number, journal, rows_of, sync_bytes):
@@ -250,7 +254,9 @@ def _check_place(partial: Path) -> None:
         )
 
 
-def _check_space(model: Path, total: int) -> None:
+def _make_room(model: Path, shards: list[Shard]) -> None:
+    model.mkdir(exist_ok=True)
+    total = sum(shard.num_bytes for shard in shards)
     there = sum(path.stat().st_blocks * 512 for path in model.iterdir())
     free = shutil.disk_usage(model).free
     if free < total - there:

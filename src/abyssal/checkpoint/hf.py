@@ -65,6 +65,8 @@ def load_model(
             or mis-shaped, FP8 without scales, MTP copies that differ; one message that names them.  Nothing is
             allocated before all but the last are checked.
     """
+    if dtype not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"dtype is {dtype}: parameters are bfloat16, float16, float32 or float64")
     with CheckpointFolder(path) as folder:
         spec, pieces = match(folder, mtp)
         check_copies(folder, pieces)
@@ -119,8 +121,8 @@ def save_model(
         ValueError: an argument, or a weight that is infinite or NaN and cannot be FP8, by name.
     """
     folder, form = Path(os.path.abspath(folder)), check_format(dtype, max_shard_bytes)
-    if folder.exists() and not overwrite:
-        raise ValueError(f"{folder}: exists; give another folder, or overwrite=True")
+    if folder.exists() and not (overwrite and folder.is_dir()):
+        raise ValueError(f"{folder}: exists; give another folder, or overwrite=True if it is one to be replaced")
     table = checkpoint_table(model.spec, include_mtp)
     tensors = model.state_dict()
     slots = _slots(model, tensors)
@@ -211,10 +213,12 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process with this number: containers repeat them
     partial.mkdir()
     try:
         yield partial
         if folder.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
             folder.rename(replaced)
         partial.rename(folder)
         sync_folder(folder.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -236,6 +237,25 @@ def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     save_model(other, tmp_path / "m", "fp32", overwrite=True)
     assert_same_weights(load_model(tmp_path / "m"), other)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    with pytest.raises(ValueError, match="exists"):
+        save_model(other, tmp_path / "m" / "config.json", overwrite=True)
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_no_hindrance(tmp_path: Path) -> None:
+    saved(tmp_path / "m")
+    for kind in ("partial", "replaced"):
+        (tmp_path / f".m.{os.getpid()}.{kind}").mkdir()
+        (tmp_path / f".m.{os.getpid()}.{kind}" / "config.json").write_text("{}")
+    other = random_model(seed=1)
+    save_model(other, tmp_path / "m", "fp32", overwrite=True)
+    assert_same_weights(load_model(tmp_path / "m"), other)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
+def test_parameters_are_of_a_dtype_that_computes(dtype: torch.dtype, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"dtype is {dtype}"):
+        load_model(saved(tmp_path / "m"), dtype=dtype)
 
 
 def test_arguments_and_weights_that_cannot_be_saved(tmp_path: Path) -> None:
