@@ -22,7 +22,8 @@ def sample(logits_V: Tensor, temperature: float, top_p: float, generator: torch.
     ``top_p`` (nucleus sampling, Holtzman et al. 2020), at ``temperature``.  Computed in FP32."""
     if temperature == 0.0:
         return int(logits_V.argmax())
-    probabilities_V = (logits_V.float() / temperature).softmax(-1)
+    below_V = logits_V.float() - logits_V.max()  # at most 0, so that a tiny temperature does not overflow
+    probabilities_V = (below_V / max(temperature, 1e-30)).softmax(-1)
     if top_p < 1.0:
         sorted_V, order_V = probabilities_V.sort(descending=True)
         outside_V = sorted_V.cumsum(-1) - sorted_V >= top_p

@@ -73,7 +73,7 @@ def load_config(folder_or_file: str | Path) -> dict[str, Any]:
     path = config_path(folder_or_file)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); fetch the file again") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: holds a {type(config).__name__}, not a JSON object; this is no model configuration")

@@ -87,6 +87,8 @@ class ModelSpec:
         )
         check_at_least("spec", 0, num_dense_layers=self.num_dense_layers, mtp_depth=self.mtp_depth)
         check_positive("spec", rms_norm_eps=self.rms_norm_eps, rope_theta=self.rope_theta)
+        if self.yarn is not None and self.rope_theta <= 1:
+            raise ValueError(f"spec.rope_theta is {self.rope_theta}: YaRN needs a base above 1 (10000 is usual)")
         if not 0 <= self.init_std <= 1:
             raise ValueError(f"spec.init_std is {self.init_std}: set it between 0 and 1 (0.006 in DeepSeek-V3)")
         self._check_family()

@@ -53,6 +53,11 @@ def test_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
     assert sample(logits, 0.0, 1.0) == 0
 
 
+def test_a_temperature_near_zero_is_greedy() -> None:
+    logits = torch.tensor([1.0, 50.0, 2.0])
+    assert [sample(logits, temperature, 0.9) for temperature in (1e-3, 1e-37, 1e-300)] == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -217,6 +217,9 @@ def test_files_that_are_no_configuration(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
         read_config(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+        read_config(path)
     path.write_text("[]")
     with pytest.raises(ValueError, match=r"config\.json: holds a list"):
         read_config(path)

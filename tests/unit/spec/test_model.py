@@ -36,6 +36,7 @@ YARN = YarnSpec(factor=40.0, original_max_positions=4096)
         (V3, {"eos_token_id": (1, 129280)}, "spec.eos_token_id is 129280"),
         (V3, {"bos_token_id": -1}, "spec.bos_token_id is -1"),
         (V3, {"rms_norm_eps": 0.0}, "spec.rms_norm_eps is 0.0"),
+        (V3, {"rope_theta": 1.0}, "spec.rope_theta is 1.0"),
         (V3, {"init_std": 2.0}, "spec.init_std is 2.0"),
         (MLA, {"qk_rope_head_dim": 15}, "attention.qk_rope_head_dim is 15"),
         (MLA, {"q_lora_rank": 0}, "attention.q_lora_rank is 0"),
