@@ -20,7 +20,7 @@ from abyssal.model.context import PackedBatch
 from abyssal.model.transformer import Transformer
 from abyssal.precision.head import linear_cross_entropy
 from abyssal.spec.hf_config import write_config
-from abyssal.spec.model import Family
+from abyssal.spec.model import Family, YarnSpec
 from tests.support.parity import (
     compared_gradients,
     draw_spec,
@@ -55,12 +55,33 @@ def test_same_logits_loss_and_gradients(family: Family, seed: int, tmp_path: Pat
     assert relative_difference(ours(tokens), output.logits) < LOGITS_BOUND
 
     loss = mean_loss(ours, tokens)
-    assert abs(float(loss - output.loss)) < GRADIENT_BOUND * float(output.loss)
+    assert abs(loss.item() - output.loss.item()) < GRADIENT_BOUND * output.loss.item()
     loss.backward()
     output.loss.backward()
     differences = compared_gradients(ours, theirs)
     assert len(differences) > 10
     assert [pair for pair in differences if not pair[1] < GRADIENT_BOUND] == []
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "both mscales": {"yarn": YarnSpec(40.0, 16, 32.0, 1.0, 1.0, 0.707)},
+    "no mscale": {"yarn": YarnSpec(4.0, 16)},
+    "large epsilon": {"rms_norm_eps": 0.01},  # the latent norms keep theirs
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_same_logits_where_checkpoints_set_traps(family: Family, variant: str, tmp_path: Path) -> None:
+    spec = replace(draw_spec(family, 1), **VARIANTS[variant])
+    ours, tokens = random_model(spec, 1), random_tokens(spec, 2, 60)
+    if variant == "large epsilon":  # latents as small as it
+        for name, parameter in ours.named_parameters():
+            if name.endswith(("attention.q_a.weight", "attention.kv_a.weight")):
+                parameter.mul_(0.02)
+    theirs = in_transformers(ours, tmp_path / "saved")
+    assert relative_difference(ours(tokens), theirs(input_ids=tokens).logits) < LOGITS_BOUND
 
 
 @pytest.mark.parametrize(("family", "seed"), [(family, seed) for family in FAMILIES for seed in (1, 2)])

@@ -103,6 +103,8 @@ def test_bf16_and_fp8_hold_the_rounded_values(tmp_path: Path) -> None:
     down = quantise_blocks(state["layers.1.ffn.experts.w_down_EDF"])
     assert torch.equal(found["layers.1.ffn.experts.w_down_EDF"], dequantise_blocks(*down))
     assert torch.equal(found["embed.weight"], state["embed.weight"].bfloat16().float())
+    exact = load_model(tmp_path / "fp8", torch.float64).get_parameter("layers.1.ffn.experts.w_down_EDF")
+    assert torch.equal(exact, dequantise_blocks(*down, torch.float64))  # not rounded to FP32 on the way
 
 
 def test_fp8_saved_again_is_the_same(tmp_path: Path) -> None:

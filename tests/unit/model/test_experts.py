@@ -59,6 +59,17 @@ def test_choice_is_that_of_the_definition(scoring: str, groups: int, kept: int) 
         assert set(ids) == slow_choice(row, bias, moe)
 
 
+@pytest.mark.parametrize("shift", [-3.0, 3.0])
+def test_a_dropped_group_is_never_chosen_however_low_the_kept_ones(shift: float) -> None:
+    """Biases push every score below zero, so a mask of zero would lift the dropped groups above the kept."""
+    moe = MoESpec(16, 1, 4, 8, 4, 2)
+    generator = torch.Generator().manual_seed(0)
+    scores_TE = scores(torch.randn(50, 16, generator=generator), moe)
+    bias_E = shift + 0.3 * torch.randn(16, generator=generator)
+    for row, ids in zip(scores_TE.tolist(), choose(scores_TE, bias_E, moe).tolist(), strict=True):
+        assert set(ids) == slow_choice(row, bias_E.tolist(), moe)
+
+
 def test_gate_uses_unbiased_scores_renormalised_and_scaled() -> None:
     moe = MoESpec(8, 1, 3, 8, route_scale=2.5)
     scores_TE = torch.rand(5, 8)
@@ -109,6 +120,20 @@ def test_combine_is_the_adjoint_of_dispatch(data: st.DataObject) -> None:
     assert torch.equal(slots, slots.sort().values)
     assert [placement.slots[slot] for slot in slots.tolist()] == ids_TK.flatten()[plan.order_A].tolist()
     assert sum(plan.counts) == tokens * top_k
+
+
+def test_combine_adds_in_fp32_and_rounds_once() -> None:
+    dispatcher = LocalDispatcher({0: Placement.identity(4)})
+    plan = dispatcher.plan(0, torch.tensor([[0, 1, 2, 3]]))
+    rows_AD = torch.tensor([[1.0], [2.0**-9], [2.0**-9], [2.0**-9]], dtype=torch.bfloat16)
+    sums_TD, _ = dispatcher.start_combine(rows_AD, None, plan).wait()
+    assert sums_TD.dtype == torch.bfloat16 and sums_TD.item() == 1 + 2.0**-7  # BF16 sums would stay at 1
+
+
+def test_replicas_share_the_tokens_of_their_expert() -> None:
+    slot_map = SlotMap(Placement(2, (0, 1, 0, 0)))
+    slots_T = slot_map(torch.zeros(30, 1, dtype=torch.long)).flatten()
+    assert torch.bincount(slots_T, minlength=4).tolist() == [10, 0, 10, 10]
 
 
 def with_placement(model: Transformer, placement: Placement) -> Transformer:

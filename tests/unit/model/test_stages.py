@@ -78,6 +78,22 @@ def test_cut_stages_carry_the_balance_loss() -> None:
     assert gradient is not None and gradient.abs().max() > 0
 
 
+def test_initial_weights() -> None:
+    """Normal with the spec's deviation; norms one, biases zero; the same for the same seed."""
+    spec = replace(draw_spec("deepseek_v3", 1), init_std=0.03, hidden_size=96)
+    first, again = Transformer(spec), Transformer(spec)
+    for model in (first, again):
+        model.init_weights(torch.Generator().manual_seed(7))
+    for (name, tensor), other in zip(first.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(tensor, other)
+        if name.endswith("norm.weight"):
+            assert (tensor == 1).all()
+        elif name.endswith("bias_E"):
+            assert (tensor == 0).all()
+        else:
+            assert abs(tensor.std().item() / 0.03 - 1) < 4 * (2 * tensor.numel()) ** -0.5, name
+
+
 def test_only_dispatch_and_combine_communicate() -> None:
     model = random_model(draw_spec("deepseek_v3", 1))
     step = model.step(PackedBatch([4]))
