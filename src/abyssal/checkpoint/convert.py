@@ -245,8 +245,10 @@ def _only_journal(partial: Path) -> bool:
 
 
 def _check_place(partial: Path) -> None:
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.mkdir(exist_ok=True)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{partial}: cannot be made, a file is in its way; choose another destination") from None
     foreign = sorted(path.name for path in partial.iterdir() if path.name not in ("journal", "model"))
     if foreign or ((partial / "model").exists() and not (partial / "journal").exists()):
         raise ValueError(

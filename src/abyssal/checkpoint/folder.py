@@ -137,15 +137,15 @@ class CheckpointFolder:
 
     def _locate(self, drop_cache: bool) -> dict[str, SafetensorsReader]:
         single, index = self.path / SINGLE_FILE, self.path / INDEX_FILE
-        if single.exists() and index.exists():
+        if single.is_file() and index.is_file():
             raise ValueError(
                 f"{self.path}: has both {SINGLE_FILE} and {INDEX_FILE}; delete the one that is not the model"
             )
         shards = sorted(path.name for path in self.path.glob("model-*-of-*.safetensors"))
-        if single.exists():
+        if single.is_file():
             self._readers = {SINGLE_FILE: SafetensorsReader(single, drop_cache)}
             return dict.fromkeys(self._readers[SINGLE_FILE].entries, self._readers[SINGLE_FILE])
-        if not index.exists():
+        if not index.is_file():
             raise ValueError(f"{self.path}: {_no_weights(self.path, shards)}")
         weight_map = _read_json(index, "it says which file holds which tensor").get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):

@@ -1,7 +1,8 @@
 """Root-mean-square normalisation: y = x / sqrt(mean(x²) + eps) · weight, computed in FP32 at least.
 
 Legend: T rows, D features.
-Error bound: 4 units in the last place of the output dtype; the native form, which sums in FP64, rounds once.
+Error bound: 4 units in the last place of the output dtype.  The native form computes in FP64 and rounds at the end, to
+FP32 and from there to BF16.
 No row sees another, whichever form runs.
 """
 

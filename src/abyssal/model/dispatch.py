@@ -85,10 +85,10 @@ class SlotMap:
         replicas = placement.replica_table()
         longest = max(len(slots) for slots in replicas)
         padded = [[slots[i % len(slots)] for i in range(longest)] for slots in replicas]
-        self.num_slots = len(placement.slots)
+        self.num_slots = placement.num_slots
         self._slots_ER = torch.tensor(padded, device=device)
         self._counts_E = torch.tensor([len(slots) for slots in replicas], device=device)
-        self._identity = tuple(placement.slots) == tuple(range(placement.num_experts))
+        self._identity = placement.is_identity
 
     def __call__(self, expert_ids_TK: Tensor) -> Tensor:
         """(T, K) physical slots; token t takes replica t modulo the number of replicas."""

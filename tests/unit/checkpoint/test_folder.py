@@ -138,6 +138,8 @@ def test_no_folder_no_config_no_weights(whole: Path, tmp_path: Path) -> None:
     _refused(folder, "pytorch_model*.bin alone")
     (folder / "pytorch_model.bin").unlink()
     _refused(folder, "has neither model.safetensors nor")
+    (folder / SINGLE).mkdir()
+    _refused(folder, "has neither model.safetensors nor")
     (folder / "config.json").unlink()
     _refused(folder, "config.json")
 

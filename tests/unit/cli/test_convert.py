@@ -26,6 +26,7 @@ def test_the_command_converts(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     [
         (["nowhere", "out", "--dtype", "fp8"], "nowhere: is not a folder"),
         (["in", "in", "--dtype", "fp8"], "in: exists"),
+        (["in", "in/config.json/out", "--dtype", "fp8"], "a file is in its way"),
         (["in", "out"], "--dtype"),
         (["in", "out", "--dtype", "fp4"], "fp4"),
         (["in", "out", "--dtype", "fp8", "--max-shard-bytes", "0"], "max_shard_bytes is 0"),

@@ -18,7 +18,7 @@ def random(*shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def within_ulps(actual: torch.Tensor, exact: torch.Tensor) -> bool:
-    """Within ULPS units in the last place of the exact value, taken at each row's largest to allow for cancellation."""
+    """Each within ULPS units in the last place of its exact value."""
     unit = torch.finfo(actual.dtype).eps * exact.abs()
     return bool(((actual.double() - exact).abs() <= ULPS * unit + 1e-300).all())
 

@@ -66,16 +66,19 @@ def test_cut_stages_equal_the_whole_layer_bit_for_bit(family: str, dtype: torch.
 
 
 def test_cut_stages_carry_the_balance_loss() -> None:
-    """The auxiliary loss joins the backward inside its layer, so a cut layer has it too."""
+    """The auxiliary loss joins the backward inside its layer, so a cut layer has it too, bit for bit."""
     model = random_model(draw_spec("deepseek_v3", 1), dtype=torch.float64)
     block = model.layers[-1]
     assert isinstance(block, Block) and model.spec.moe is not None
-    x_TD = torch.randn(24, model.spec.hidden_size, dtype=torch.float64)
-    gradient_TD = torch.zeros_like(x_TD)
+    x_TD, gradient_TD = (torch.randn(24, model.spec.hidden_size, dtype=torch.float64) for _ in range(2))
     balance = SequenceBalanceLoss(model.spec.moe, 0.1)
+    block(x_TD, model.step(PackedBatch([12, 12]))).backward(gradient_TD)
+    without = gradients_of(block)["ffn.router.weight"]
+    block(x_TD, model.step(PackedBatch([12, 12]), balance=balance)).backward(gradient_TD)
+    expected = gradients_of(block)["ffn.router.weight"]
     cut_run(block, x_TD, gradient_TD, model.step(PackedBatch([12, 12]), balance=balance), weights_last=True)
     gradient = moe_of(model, -1).router.weight.grad
-    assert gradient is not None and gradient.abs().max() > 0
+    assert gradient is not None and torch.equal(gradient, expected) and not torch.allclose(expected, without)
 
 
 def test_initial_weights() -> None:
