@@ -46,11 +46,11 @@ def draw_spec(family: Family, seed: int) -> ModelSpec:
         )
     )
     groups, kept = rng.choice([(1, 1), (4, 2), (3, 2)]) if seed else (4, 2)
-    sigmoid = family == "deepseek_v3"
+    sigmoid, num_experts = family == "deepseek_v3", groups * rng.randint(3, 5)
     moe = MoESpec(
-        num_experts=groups * rng.randint(3, 5),
+        num_experts=num_experts,
         num_shared_experts=rng.choice([1, 2]),
-        top_k=rng.randint(2, 4),
+        top_k=min(rng.randint(2, 4), num_experts - 1),  # else there is no choice to get wrong
         expert_ffn_size=rng.randint(8, 24),
         num_groups=groups,
         num_kept_groups=kept,

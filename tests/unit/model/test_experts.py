@@ -92,7 +92,7 @@ def test_forced_routing_replaces_the_choice_and_keeps_the_gate() -> None:
     assert torch.equal(model.hidden(tokens, replayed), hidden)
     other = {layer: (ids + 1) % spec.moe.num_experts for layer, ids in forced.items()}  # type: ignore[union-attr]
     changed = model.step(PackedBatch([12]), forced_routing=other)
-    assert not torch.equal(model.hidden(tokens, changed), hidden)
+    assert relative_difference(model.hidden(tokens, changed), hidden) > 0.01
     assert all(torch.equal(changed.routings[layer].expert_ids_TK, ids) for layer, ids in other.items())
 
 

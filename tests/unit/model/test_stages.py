@@ -67,11 +67,15 @@ def test_cut_stages_equal_the_whole_layer_bit_for_bit(family: str, dtype: torch.
 
 def test_cut_stages_carry_the_balance_loss() -> None:
     """The auxiliary loss joins the backward inside its layer, so a cut layer has it too, bit for bit."""
-    model = random_model(draw_spec("deepseek_v3", 1), dtype=torch.float64)
+    spec = draw_spec("deepseek_v3", 1)
+    assert spec.moe is not None
+    model = random_model(spec, dtype=torch.float64)
     block = model.layers[-1]
-    assert isinstance(block, Block) and model.spec.moe is not None
-    x_TD, gradient_TD = (torch.randn(24, model.spec.hidden_size, dtype=torch.float64) for _ in range(2))
-    balance = SequenceBalanceLoss(model.spec.moe, 0.1)
+    assert isinstance(block, Block)
+    generator = torch.Generator().manual_seed(3)
+    shape = (24, spec.hidden_size)
+    x_TD, gradient_TD = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    balance = SequenceBalanceLoss(spec.moe, 0.1)
     block(x_TD, model.step(PackedBatch([12, 12]))).backward(gradient_TD)
     without = gradients_of(block)["ffn.router.weight"]
     block(x_TD, model.step(PackedBatch([12, 12]), balance=balance)).backward(gradient_TD)
