@@ -34,6 +34,13 @@ from abyssal.precision.recipe import Recipe
 from abyssal.spec.model import LATENT_NORM_EPS, GroupedQueryAttentionSpec, LatentAttentionSpec, ModelSpec
 
 
+def _join(parts: list[Tensor], q_THQ: Tensor, width: int) -> Tensor:
+    """The groups' rows (T, width) as one tensor; there is no group when a rank without tokens joins a step."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts) if parts else q_THQ.new_empty(0, width)
+
+
 class LatentAttention(nn.Module):
     """MLA of one layer."""
 
@@ -83,7 +90,7 @@ class LatentAttention(nn.Module):
         """Attention output (T, D) [V3 eq. 10–11]."""
         form = self._absorbed if step.context.absorbed else self._expanded
         parts = [form(q_THQ[group.rows], group, step) for group in step.context.groups(layer, entries_TX)]
-        return self.out(parts[0] if len(parts) == 1 else torch.cat(parts), step.queue)
+        return self.out(_join(parts, q_THQ, self.sizes.num_heads * self.sizes.v_head_dim), step.queue)
 
     def _expanded(self, q: Tensor, group: AttentionGroup, step: Step) -> Tensor:
         """Keys and values of every head from the latents [V3 eq. 2, 4, 5], then attention: (B·S, H·V)."""
@@ -138,15 +145,15 @@ class GroupedQueryAttention(nn.Module):
     def project(self, h_TD: Tensor, layer: int, step: Step) -> tuple[Tensor, Tensor]:
         """Rotated query (T, H, Q) and this layer's cache entries (T, 2 · KV heads · head width): keys, values."""
         sizes, rows = self.sizes, len(h_TD)
-        q_THQ = apply_rotation(self.q(h_TD, step.queue).view(rows, sizes.num_heads, -1), step.rotation)
-        k_THQ = apply_rotation(self.k(h_TD, step.queue).view(rows, sizes.num_kv_heads, -1), step.rotation)
-        entries_TX = torch.cat([k_THQ.reshape(rows, -1), self.v(h_TD, step.queue)], -1)
+        q_THQ = apply_rotation(self.q(h_TD, step.queue).view(rows, sizes.num_heads, sizes.head_dim), step.rotation)
+        k_THQ = apply_rotation(self.k(h_TD, step.queue).view(rows, sizes.num_kv_heads, sizes.head_dim), step.rotation)
+        entries_TX = torch.cat([k_THQ.flatten(1), self.v(h_TD, step.queue)], -1)
         return q_THQ, step.context.write(layer, entries_TX)
 
     def attend(self, q_THQ: Tensor, entries_TX: Tensor, layer: int, step: Step) -> Tensor:
         """Attention output (T, D)."""
         parts = [self._group(q_THQ[group.rows], group) for group in step.context.groups(layer, entries_TX)]
-        return self.out(parts[0] if len(parts) == 1 else torch.cat(parts), step.queue)
+        return self.out(_join(parts, q_THQ, self.sizes.num_heads * self.sizes.head_dim), step.queue)
 
     def _group(self, q: Tensor, group: AttentionGroup) -> Tensor:
         sizes = self.sizes

@@ -73,7 +73,7 @@ def apply_rotation(x: Tensor, rotation: Rotation) -> Tensor:
     turns = rotation.turns if x.dim() == 2 else rotation.turns[:, None]
     wide = x.to(turns.real.dtype)
     if rotation.interleaved:
-        pairs = torch.view_as_complex(wide.reshape(*x.shape[:-1], -1, 2))
+        pairs = torch.view_as_complex(wide.reshape(*x.shape[:-1], x.shape[-1] // 2, 2))
         return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
     first, second = wide.chunk(2, dim=-1)
     cos, sin = turns.real, turns.imag

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from abyssal.model.block import Block
-from abyssal.model.context import PackedBatch
+from abyssal.model.context import AttentionGroup, PackedBatch
 from abyssal.model.stages import COMMUNICATING, STAGES, StageIO, StageRun
 from abyssal.model.step import Step
 from abyssal.model.transformer import Transformer
@@ -83,6 +84,46 @@ def test_cut_stages_carry_the_balance_loss() -> None:
     cut_run(block, x_TD, gradient_TD, model.step(PackedBatch([12, 12]), balance=balance), weights_last=True)
     gradient = moe_of(model, -1).router.weight.grad
     assert gradient is not None and torch.equal(gradient, expected) and not torch.allclose(expected, without)
+
+
+class NoTokens:
+    """The context of a rank that has no tokens in a step."""
+
+    positions_T = torch.zeros(0, dtype=torch.long)
+
+    def __init__(self, absorbed: bool) -> None:
+        self.absorbed = absorbed
+
+    def write(self, layer: int, entries_TX: Tensor) -> Tensor:
+        return entries_TX
+
+    def groups(self, layer: int, entries_TX: Tensor) -> Iterator[AttentionGroup]:
+        return iter(())
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "llama"])
+@pytest.mark.parametrize("absorbed", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_rank_without_tokens_runs_every_stage(family: str, absorbed: bool, grad: bool) -> None:
+    model = random_model(draw_spec(family, 1))  # type: ignore[arg-type]
+    with torch.set_grad_enabled(grad):
+        hidden = model.hidden(torch.zeros(0, dtype=torch.long), model.step(NoTokens(absorbed)))
+        assert model.logits(hidden).shape == (0, model.spec.vocab_size)
+    if grad:
+        hidden.sum().backward()
+        assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_every_block_has_its_own_number() -> None:
+    """Caches, routings and placements are kept by it, those of MTP modules too."""
+    spec = replace(draw_spec("deepseek_v3", 3), mtp_depth=2)
+    model, tokens = random_model(spec), torch.arange(2, 12)
+    assert [block.layer for block in model.blocks()] == list(range(spec.num_layers + 2))
+    step = model.step(PackedBatch([10]))
+    hidden = model.hidden(tokens, step)
+    for depth in range(2):
+        hidden = model.mtp_hidden(depth, tokens, hidden, step)
+    assert list(step.routings) == list(model.placements()) == list(range(spec.num_dense_layers, spec.num_layers + 2))
 
 
 def test_initial_weights() -> None:
