@@ -50,30 +50,50 @@ def _fail(where: str, problem: object) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run ``abyssal`` with ``argv`` (this process's arguments by default); the exit status.
 
-    0 is success, 2 bad input (one line on standard error says what and how to mend it), 130 an interrupt,
-    141 a pipe that was closed.  Whatever else a verb returns or raises is its own.
+    0 is success, 2 bad input or what the operating system refuses, such as room on a disk (one line on standard error
+    says what and how to mend it), 130 an interrupt, 141 a pipe that was closed.  Whatever else a verb returns or raises
+    is its own.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_help())
-        return 0
-    if arguments[0] == "--version":
-        import abyssal
-
-        print(f"abyssal {abyssal.__version__}")
-        return 0
-    verb, *rest = arguments
-    if verb not in VERBS:
-        return _fail("abyssal", f"there is no verb {verb!r}: choose one of {', '.join(VERBS)}")
+    where = "abyssal"
     try:
-        status = _verb(verb)(rest)
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(_help())
+            status = 0
+        elif arguments[0] == "--version":
+            import abyssal
+
+            print(f"abyssal {abyssal.__version__}")
+            status = 0
+        else:
+            verb, *rest = arguments
+            if verb not in VERBS:
+                return _fail(where, f"there is no verb {verb!r}: choose one of {', '.join(VERBS)}")
+            where = f"abyssal {verb}"
+            status = _verb(verb)(rest)
         sys.stdout.flush()
         return status
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        return _fail(f"abyssal {verb}", error)
     except BrokenPipeError:  # the reader has seen enough: `abyssal info MODEL | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the last flush at exit complains again
+        _discard_output()
         return EXIT_PIPE_CLOSED
+    except (ValueError, OSError) as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # standard output itself is what has no room
+            _discard_output()
+        return _fail(where, _description(error))
     except KeyboardInterrupt:
-        print(f"abyssal {verb}: interrupted", file=sys.stderr)
+        print(f"{where}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _description(error: Exception) -> str:
+    """What the operating system refused, without its number; the message of any other error."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
+def _discard_output() -> None:
+    """Send what is still to be written to standard output nowhere, or the last flush at exit fails again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

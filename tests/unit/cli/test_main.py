@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import tyro
@@ -38,6 +42,8 @@ def test_an_unknown_verb_is_one_line_and_status_2(capsys):
     [
         (ValueError("a field\n  is wrong"), 2, "abyssal info: a field is wrong\n"),
         (FileNotFoundError("x.json: no such file"), 2, "abyssal info: x.json: no such file\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "abyssal info: No space left on device\n"),
+        (OSError(errno.EROFS, "Read-only file system", "runs/x"), 2, "abyssal info: runs/x: Read-only file system\n"),
         (KeyboardInterrupt(), 130, "abyssal info: interrupted\n"),
     ],
 )
@@ -50,6 +56,16 @@ def test_errors_of_a_verb(error, status, line, monkeypatch, capsys):
     assert main(["info", "a", "--b"]) == status
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", line)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "tiny"], ["info", "tiny", "--json"]])
+def test_output_without_room_is_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "abyssal", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.endswith(": No space left on device\n") and done.stderr.count("\n") == 1
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):
