@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
+import re
 from collections.abc import Sequence
 from typing import NoReturn, TypeVar
 
@@ -35,11 +37,12 @@ def parse(config: type[Config], argv: Sequence[str], verb: str) -> Config:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config, args=list(argv), prog=f"abyssal {verb}", description=config.__doc__)
+            return tyro.cli(config, args=list(argv), prog=f"abyssal {verb}", description=inspect.cleandoc(config.__doc__ or ""))
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(f"{_first_paragraph(complaint.getvalue())}; see abyssal {verb} --help") from None
+        problem = re.sub(r"^Error parsing [\w.]+: ", "", _first_paragraph(complaint.getvalue()))  # a field's own ValueError
+        raise ValueError(f"{problem}; see abyssal {verb} --help") from None
 
 
 def _first_paragraph(boxed: str) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class GenerateConfig:
     """Let a model write."""
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Folder of the model, with its tokenizer."""
     prompt: str
     """Text to continue."""

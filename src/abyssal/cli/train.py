@@ -19,8 +19,8 @@ class Options:
     out: Path
     """The run's folder; it must be empty or not exist."""
     model: str = "tiny"
-    """A preset (abyssal info lists what each is); its vocabulary becomes the tokenizer's."""
-    data: tuple[Path, ...] = ()
+    """A preset (tiny, small, medium, deepseek-v2-lite, ...); its vocabulary becomes the tokenizer's."""
+    data: Annotated[tuple[Path, ...] | None, tyro.conf.arg(metavar="PATH [PATH ...]")] = None
     """Text files, .jsonl with a field "text", or folders of them. Without: the Python standard library's source."""
     tokenizer: Path | None = None
     """A folder with tokenizer.json. Without: one is trained on the text."""
@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
 
     if options.tokenizer is not None and options.vocab_size is not None:
         raise ValueError("--vocab-size is of a tokenizer to be trained; leave it out beside --tokenizer")
+    if options.data == ():
+        raise ValueError("--data names no file; leave it out to train on the Python standard library's source")
     folder = RunFolder(options.out)
     folder.check_free()
     spec = preset(options.model)
@@ -51,8 +53,8 @@ def main(argv: list[str]) -> int:
     from abyssal.train.run import run_training
     from abyssal.train.text import tokenise_corpus
 
-    vocab_size = options.vocab_size or spec.vocab_size
-    text = tokenise_corpus(options.data or None, vocab_size, options.tokenizer, options.held_out)
+    vocab_size = spec.vocab_size if options.vocab_size is None else options.vocab_size
+    text = tokenise_corpus(options.data, vocab_size, options.tokenizer, options.held_out)
     try:
         result = run_training(folder, text.fitted(spec), options.train, text)
     except FloatingPointError as error:

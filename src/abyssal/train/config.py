@@ -29,9 +29,28 @@ def width_init_std(hidden_size: int) -> float:
     return 0.5 / math.sqrt(hidden_size)
 
 
+def _check_range(config: object, least: float, most: float, *names: str) -> None:
+    """Refuse fields outside ``least..most``, and NaN, by name."""
+    for name in names:
+        value = getattr(config, name)
+        if not least <= value <= most:
+            wanted = f"at least {least}" if math.isinf(most) else f"{least} to {most}"
+            raise ValueError(f"{name} is {value}; give {wanted}")
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise ValueError(f"{name} is {getattr(config, name)}; give a positive number")
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning rate [V3 section 4.2]."""
+    """AdamW and its learning rate [V3 section 4.2].
+
+    Raises:
+        ValueError: a field out of its range, by name.
+    """
 
     lr: float = 2e-3
     """Peak learning rate.  Small models want far more than V3's 2.2e-4."""
@@ -44,12 +63,21 @@ class OptimizerConfig:
     lr_floor: float = 0.1
     """Learning rate at the last step, as a share of the peak."""
     beta1: float = 0.9
+    """Memory of Adam's mean of gradients."""
     beta2: float = 0.95
+    """Memory of Adam's mean of squared gradients."""
     eps: float = 1e-8
+    """Added to the root of the latter."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; norms have none."""
     clip: float = 1.0
     """Largest global norm of the gradients."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "lr", "eps", "clip")
+        _check_range(self, 0, math.inf, "warmup_steps", "weight_decay")
+        _check_range(self, 0, 1, "decay_start", "lr_floor")
+        _check_range(self, 0, 0.999999, "beta1", "beta2")
 
     def learning_rate(self, step: int, num_steps: int) -> float:
         """At ``step`` of ``num_steps``."""
@@ -59,7 +87,11 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class BalanceConfig:
-    """Load balancing of the experts [V3 section 2.1.2]."""
+    """Load balancing of the experts [V3 section 2.1.2].
+
+    Raises:
+        ValueError: a field out of its range, by name.
+    """
 
     bias_speed: float = 1e-3
     """γ: how far a step moves an expert's correction bias.  V3's 0.001 is for runs of many thousand steps."""
@@ -69,6 +101,10 @@ class BalanceConfig:
     """Share of the run at whose end γ is 0 (V3: the last 500B of 14.8T tokens)."""
     balance_alpha: float = 1e-4
     """α of the sequence-wise balance loss; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 0, math.inf, "bias_speed", "balance_alpha")
+        _check_range(self, 0, 1, "bias_freeze")
 
     def speed(self, step: int, num_steps: int) -> float:
         """γ at ``step`` of ``num_steps``."""
@@ -95,9 +131,8 @@ class TrainConfig:
     seed: int = 0
     """Of initial weights and of the order of the data."""
     compute: Compute | None = None
-    """Dtype of activations and of the matrix products; parameters and optimizer are FP32 either way.  None takes
-    bfloat16 from a hidden size of 512 on, float32 below, where casting costs more than products gain; the run's record
-    says which."""
+    """Dtype of activations and of the matrix products; parameters and optimizer are FP32 either way. None takes bfloat16
+    from a hidden size of 512 on, and float32 below, where casting costs more than products gain."""
     mtp_weight: float = 0.3
     """λ of the multi-token-prediction loss."""
     validate_every: int = 100
@@ -108,11 +143,9 @@ class TrainConfig:
     balance: BalanceConfig = field(default_factory=BalanceConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "seq_len", "batch_size", "validate_every", "validation_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
-        if self.optimizer.lr <= 0:
-            raise ValueError(f"lr is {self.optimizer.lr}; give a positive learning rate")
+        _check_range(self, 1, math.inf, "steps", "seq_len", "batch_size", "validate_every", "validation_batches")
+        _check_range(self, 0, math.inf, "mtp_weight")
+        _check_range(self, 0, (1 << 63) - 1, "seed")
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
             raise ValueError(
                 f"micro_batch_size is {self.micro_batch_size}, which does not divide batch_size {self.batch_size}; "

@@ -118,3 +118,16 @@ def test_linear_cross_entropy_against_autograd(rows: int) -> None:
     losses, best = token_losses(hidden, weight, targets, ENTRY)
     assert torch.allclose(losses.sum(), expected, rtol=1e-12)
     assert torch.equal(best, (hidden @ weight.t()).argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_loss_of_a_target_that_is_all_but_impossible(dtype: torch.dtype) -> None:
+    """A probability that underflows has a finite loss, and the gradient of the softmax."""
+    hidden, targets = torch.tensor([[900.0], [1.0]], dtype=dtype).requires_grad_(), torch.tensor([1, 1])
+    weight = torch.tensor([[1.0], [-1.0], [0.0]], dtype=dtype)
+    loss = linear_cross_entropy(hidden, weight, targets, ENTRY)
+    expected = F.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+    assert torch.allclose(loss, expected, rtol=1e-6)
+    (gradient,) = torch.autograd.grad(expected, hidden)
+    loss.backward()
+    assert hidden.grad is not None and torch.allclose(hidden.grad, gradient, rtol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import subprocess
@@ -71,12 +72,33 @@ def test_bias_speed_is_zero_at_the_end() -> None:
         ({"steps": 0}, "steps is 0"),
         ({"seq_len": 0}, "seq_len is 0"),
         ({"batch_size": 6, "micro_batch_size": 4}, "does not divide batch_size 6"),
-        ({"optimizer": OptimizerConfig(lr=0.0)}, "lr is 0.0"),
+        ({"mtp_weight": -0.1}, "mtp_weight is -0.1; give at least 0"),
+        ({"mtp_weight": math.nan}, "mtp_weight is nan"),
+        ({"seed": -1}, "seed is -1; give 0 to"),
+        ({"seed": 1 << 63}, "seed is 9223372036854775808"),
     ],
 )
 def test_config_names_the_field_that_is_wrong(fields, message) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**fields)
+
+
+@pytest.mark.parametrize("value", [math.nan, -1.0])
+@pytest.mark.parametrize("kind", [OptimizerConfig, BalanceConfig])
+def test_no_number_of_the_optimizer_or_the_balance_is_nan_or_negative(kind, value) -> None:
+    names = [field.name for field in dataclasses.fields(kind) if field.type in ("float", "int")]
+    assert len(names) >= 3
+    for name in names:
+        with pytest.raises(ValueError, match=f"^{name} is {value}; give "):
+            kind(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "fields", [{"lr": 0.0}, {"lr": math.inf}, {"clip": 0.0}, {"beta1": 1.0}, {"decay_start": 2.0}, {"lr_floor": 1.5}]
+)
+def test_optimizer_refuses_what_would_not_train(fields) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(fields))} is "):
+        OptimizerConfig(**fields)
 
 
 def test_config_and_schedules_are_free_of_torch() -> None:
