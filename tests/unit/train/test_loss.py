@@ -75,6 +75,19 @@ def test_depth_k_predicts_token_i_plus_k_plus_2_and_sees_no_further() -> None:
     assert torch.equal(before[1][1], after[1][1]) and not torch.equal(before[2][1], after[2][1])
 
 
+def test_depth_k_reads_token_i_plus_k_plus_1() -> None:
+    """Changing one token first shows at its own position in the main model, one earlier with each depth."""
+    model = small_model()
+    tokens = batch(model)
+    changed = tokens.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % SMALL.vocab_size
+    before = hidden_and_targets(model, tokens, packed_step(model, tokens))
+    after = hidden_and_targets(model, changed, packed_step(model, changed))
+    for depth, ((hidden, _), (other, _)) in enumerate(zip(before, after, strict=True)):
+        differs_BS = ((hidden - other).abs() > 1e-9).any(-1).view(3, 7)  # less is another order of sums
+        assert not differs_BS[:, : 4 - depth].any() and differs_BS[:, 4 - depth].all(), depth
+
+
 def test_balance_loss_joins_the_backward_with_its_own_weight() -> None:
     """Scaling the loss does not scale the balance loss's gradient; twice alpha doubles it."""
     model = small_model(mtp_depth=0)

@@ -12,15 +12,19 @@ from abyssal.data.corpus import split_documents, tokenize
 from abyssal.data.sources import Document
 from abyssal.precision.recipe import Recipe
 from abyssal.text.tokenizer import train_bpe
+from abyssal.train.balance import SequenceBalanceLoss, add_loads, update_biases
 from abyssal.train.config import BalanceConfig, OptimizerConfig, TrainConfig
 from abyssal.train.history import History
 from abyssal.train.loop import build_model, train, with_recipe
+from abyssal.train.loss import training_loss
 from abyssal.train.optimizer import build_optimizer
 from abyssal.train.step import Trainer
 from abyssal.train.text import TokenisedCorpus
 from tests.support.checkpoints import SMALL
 
 SPEC = dataclasses.replace(SMALL, init_std=0.1)
+assert SPEC.moe is not None
+MOE = SPEC.moe
 CONFIG = TrainConfig(steps=4, seq_len=8, batch_size=4, optimizer=OptimizerConfig(lr=1e-2), validate_every=2)
 
 
@@ -79,6 +83,42 @@ def test_accumulated_micro_batches_are_one_batch() -> None:
     }
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(tensor, parts.state_dict()[name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_steps_are_adamw_on_the_loss_with_its_schedules() -> None:
+    """Three steps against a plain loop: the MTP and balance losses in, gradients not carried over, rates of each step."""
+    optimizer = OptimizerConfig(
+        lr=1e-2, warmup_steps=1, lr_floor=0.0, beta1=0.7, beta2=0.8, eps=1e-4, weight_decay=0.3, clip=0.5
+    )
+    balance = BalanceConfig(bias_speed=0.1, bias_decay="linear", bias_freeze=0.0, balance_alpha=0.5)
+    config = dataclasses.replace(CONFIG, steps=10, mtp_weight=0.4, optimizer=optimizer, balance=balance)
+    ours, plain = (with_recipe(build_model(SPEC, config).double(), Recipe()) for _ in range(2))
+    trainer = Trainer(ours, config)
+    matrices, norms = ([p for p in plain.parameters() if (p.dim() > 1) == wide] for wide in (True, False))
+    adam = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.3}, {"params": norms, "weight_decay": 0.0}],
+        betas=(0.7, 0.8), eps=1e-4, foreach=False,
+    )  # fmt: skip
+    rates = []
+    for step in range(3):
+        result = trainer.step(batch(step), step)
+        adam.zero_grad()
+        loss = training_loss(plain, batch(step), 0.4, SequenceBalanceLoss(MOE, 0.5))
+        loss.total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        for group in adam.param_groups:
+            group["lr"] = optimizer.learning_rate(step, 10)
+        adam.step()
+        loads: dict[int, torch.Tensor] = {}
+        add_loads(loads, loss.step.routings)
+        update_biases(plain, loads, balance.speed(step, 10))
+        rates.append(result.lr)
+        assert result.grad_norm == pytest.approx(float(norm), rel=1e-10) and norm > 0.5
+        assert result.loss == pytest.approx(float(loss.main), rel=1e-10)
+        assert result.balance_loss == pytest.approx(sum(map(float, loss.step.balance_losses.values())), rel=1e-10)
+    assert rates[1] == 1e-2 > rates[2] > 0.0
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, plain.state_dict()[name], rtol=1e-7, atol=1e-9, msg=name)
 
 
 def test_gradients_are_clipped_to_one_norm() -> None:
