@@ -19,6 +19,7 @@ import torch
 from support.peer import DTYPES, load_ours, load_theirs, write_model
 from support.record import header, interleaved, ratio_to_best, save, seconds
 
+from abyssal.cli.allocator import keep_freed_memory
 from abyssal.model.context import PackedBatch
 from abyssal.precision.head import linear_cross_entropy
 
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
+    keep_freed_memory()  # as ``abyssal train`` does; the peers run in this process and have it too
     about = header()
     print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
     print(f"{'':<12} {'abyssal':>9} {'best peer':>10} {'':<24} {'ratio':>6} {'of peak':>8}   (tokens/s, medians)")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from abyssal.cli.allocator import keep_freed_memory
 from abyssal.cli.arguments import parse
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the verb; bad input raises ValueError or FileNotFoundError."""
     options = parse(Options, argv, "quickstart")
+    keep_freed_memory()
     from rich.console import Console
 
     from abyssal.train.plot import require_matplotlib

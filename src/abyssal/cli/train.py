@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from abyssal.cli.allocator import keep_freed_memory
 from abyssal.cli.arguments import parse
 from abyssal.train.config import TrainConfig, width_init_std
 
@@ -36,6 +37,7 @@ class Options:
 def main(argv: list[str]) -> int:
     """Run the verb; bad input raises ValueError or FileNotFoundError."""
     options = parse(Options, argv, "train")
+    keep_freed_memory()
     from abyssal.spec.presets import preset
     from abyssal.train.folder import RunFolder
 
