@@ -13,7 +13,13 @@ from tests.support.readme import Command, commands
 README = Path(__file__).parents[2] / "README.md"
 COMMANDS = commands(README.read_text(encoding="utf-8"))
 
-NOT_RUN_HERE: dict[str, str] = {}
+TRAINED = "needs a text and minutes of training; tests/e2e/test_train.py runs the verb on a small text"
+NOT_RUN_HERE: dict[str, str] = {
+    "abyssal train --model tiny --data my-texts/ --out runs/mine --steps 1000": TRAINED,
+    'abyssal generate runs/mine/model --prompt "Once upon a time" --temperature 0.8': TRAINED,
+    "abyssal convert DeepSeek-V3/ DeepSeek-V3-bf16/ --dtype bf16": "needs DeepSeek-V3's checkpoint; "
+    "tests/unit/checkpoint/test_convert.py runs the verb on small ones",
+}
 """Commands that no test here runs, each with the reason and the test that covers it instead."""
 
 
