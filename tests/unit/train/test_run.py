@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from abyssal.checkpoint.hf import load_model
+from abyssal.text.tokenizer import Tokenizer
 from abyssal.train.folder import RunFolder
 from abyssal.train.metrics import StepRecord, ValidationRecord
 from abyssal.train.run import run_training
@@ -46,4 +47,5 @@ def test_a_finished_run_has_a_model_and_its_figures(tmp_path: Path) -> None:
     assert [line["step"] for line in validations] == [0, 2, 4]
     assert validations[-1]["bits_per_byte"] == result.evaluation.bits_per_byte
     assert load_model(folder.model).spec == result.model.spec
+    assert Tokenizer.from_folder(folder.model).content_hash() == text.tokenizer.content_hash()
     assert json.loads(folder.record.read_text())["config"]["optimizer"]["lr"] == CONFIG.optimizer.lr

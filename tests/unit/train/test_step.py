@@ -86,7 +86,7 @@ def test_accumulated_micro_batches_are_one_batch() -> None:
 
 
 def test_steps_are_adamw_on_the_loss_with_its_schedules() -> None:
-    """Three steps against a plain loop: the MTP and balance losses in, gradients not carried over, rates of each step."""
+    """Three steps against a plain loop: the MTP and balance losses, no gradients carried over, rates of each step."""
     optimizer = OptimizerConfig(
         lr=1e-2, warmup_steps=1, lr_floor=0.0, beta1=0.7, beta2=0.8, eps=1e-4, weight_decay=0.3, clip=0.5
     )
