@@ -37,11 +37,13 @@ def parse(config: type[Config], argv: Sequence[str], verb: str) -> Config:
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(config, args=list(argv), prog=f"abyssal {verb}", description=inspect.cleandoc(config.__doc__ or ""))
+            description = inspect.cleandoc(config.__doc__ or "")
+            return tyro.cli(config, args=list(argv), prog=f"abyssal {verb}", description=description)
     except SystemExit as stop:
         if not stop.code:
             raise
-        problem = re.sub(r"^Error parsing [\w.]+: ", "", _first_paragraph(complaint.getvalue()))  # a field's own ValueError
+        problem = _first_paragraph(complaint.getvalue())
+        problem = re.sub(r"^Error parsing [\w.]+: ", "", problem)  # a dataclass's own ValueError speaks for itself
         raise ValueError(f"{problem}; see abyssal {verb} --help") from None
 
 

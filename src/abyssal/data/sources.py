@@ -62,8 +62,8 @@ def read_sources(paths: str | Path | Iterable[str | Path]) -> Iterator[Document]
     are empty or only white space are passed over.
 
     Raises:
-        ValueError: a path that does not exist, a file that is not text, a JSON line without ``text``; with file and
-            line.
+        ValueError: a path that does not exist, a file that is not text, a JSON line without ``text``, with file and
+            line; in a folder, one that cannot be listed and a link to a folder, which is not followed.
     """
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(path)
@@ -106,6 +106,8 @@ def standard_library(folder: str | Path | None = None) -> Iterator[Document]:
 def _read_folder(folder: Path) -> Iterator[Document]:
     binary = []
     for path in sorted(_walk(folder, frozenset({"__pycache__"})), key=Path.as_posix):
+        if not path.is_file():
+            raise ValueError(f"{path}: a link to a folder or to nothing, or a pipe; name its target, or remove it")
         if _is_binary(path):
             binary.append(path)
         else:
@@ -115,9 +117,16 @@ def _read_folder(folder: Path) -> Iterator[Document]:
 
 
 def _walk(root: Path, skipped: frozenset[str]) -> Iterator[Path]:
-    for folder, subfolders, names in os.walk(root):
+    """Everything below but folders that are really there; a link to a folder is not followed but given."""
+    for folder, subfolders, names in os.walk(root, onerror=_refuse):
         subfolders[:] = [name for name in subfolders if name not in skipped and not name.startswith(".")]
-        yield from (Path(folder) / name for name in names if not name.startswith("."))
+        links = [name for name in subfolders if (Path(folder) / name).is_symlink()]
+        yield from (Path(folder) / name for name in [*names, *links] if not name.startswith("."))
+
+
+def _refuse(error: OSError) -> None:
+    """``os.walk`` would pass over a folder that it cannot list."""
+    raise ValueError(f"{error.filename}: cannot be listed ({error.strerror})") from error
 
 
 def _read_file(path: Path) -> Iterator[Document]:

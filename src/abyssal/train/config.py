@@ -131,8 +131,8 @@ class TrainConfig:
     seed: int = 0
     """Of initial weights and of the order of the data."""
     compute: Compute | None = None
-    """Dtype of activations and of the matrix products; parameters and optimizer are FP32 either way. None takes bfloat16
-    from a hidden size of 512 on, and float32 below, where casting costs more than products gain."""
+    """Dtype of activations and of the matrix products; parameters and optimizer are FP32 either way. None takes
+    bfloat16 from a hidden size of 512 on, and float32 below, where casting costs more than products gain."""
     mtp_weight: float = 0.3
     """λ of the multi-token-prediction loss."""
     validate_every: int = 100

@@ -9,9 +9,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from abyssal.train.metrics import StepRecord, ValidationRecord
 
+WIDE = 110
+"""Columns from which the line has room for the validation loss and the learning rate; the rest fits in 80."""
+
 
 class ProgressDisplay:
-    """An observer that shows step, losses, tokens a second, MaxVio, learning rate and time left.
+    """An observer that shows step, loss, tokens a second, MaxVio and time left; on a wide terminal more.
 
     Without a terminal only the validation lines are written.
     """
@@ -19,7 +22,7 @@ class ProgressDisplay:
     def __init__(self, num_steps: int, console: Console | None = None) -> None:
         columns = (
             TextColumn("step {task.completed:>5}/{task.total}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
         )
@@ -43,10 +46,9 @@ class ProgressDisplay:
         result = record.result
         self._loss = _smoothed(self._loss, result.loss)
         self._speed = _smoothed(self._speed, record.tokens_per_second)
-        figures = (
-            f"loss {self._loss:.3f}  val {self._validation:.3f}  {self._speed:,.0f} tokens/s  "
-            f"MaxVio {result.max_violation:.2f}  lr {result.lr:.1e}"
-        )
+        figures = f"loss {self._loss:.3f}  {self._speed:,.0f} tokens/s  MaxVio {result.max_violation:.2f}"
+        if self._console.width >= WIDE:
+            figures += f"  val {self._validation:.3f}  lr {result.lr:.1e}"
         self._bar.update(self._task, completed=record.step, figures=figures)
 
     def on_validation(self, record: ValidationRecord) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import lzma
+import os
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,30 @@ def test_json_line_that_is_not_utf8(tmp_path: Path) -> None:
 def test_missing_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere: no such file or folder"):
         texts(tmp_path / "nowhere")
+
+
+def test_a_folder_is_read_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for path in (folder / "sub", elsewhere):
+        path.mkdir(parents=True)
+        (path / "a.txt").write_text(path.name)
+    for target in (elsewhere, tmp_path / "nowhere"):
+        (folder / "link").symlink_to(target)
+        with pytest.raises(ValueError, match=r"folder/link: a link to a folder or to nothing"):
+            texts(folder)
+        (folder / "link").unlink()
+    (folder / "link.txt").symlink_to(elsewhere / "a.txt")
+    assert texts(folder) == ["elsewhere", "sub"]
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(ValueError, match=r"folder/sub: cannot be listed \(Permission denied\)"):
+        texts(folder)
 
 
 def test_undecodable_files(tmp_path: Path) -> None:
