@@ -5,13 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
 import abyssal
+from abyssal.checkpoint import hf
+from abyssal.cli import quickstart
+from abyssal.cli.main import main
+from abyssal.data.corpus import load_corpus
+from abyssal.model.transformer import Transformer
 from abyssal.text.tokenizer import Tokenizer
+from abyssal.train import text as text_module
 from tests.support.trained_model import TrainedModel
 
 TEXT = "\n".join(f"the {animal} sat on the {place} number {i}" for i, (animal, place) in enumerate(
@@ -87,7 +94,7 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_shared_trained_model_is_worth_its_name(trained_model: TrainedModel) -> None:
-    first, last = (line for line in trained_model.metrics if line["event"] == "validation" and line["step"] in (0, 240))
+    first, last = (line for line in trained_model.metrics if line["event"] == "validation" and line["step"] in (0, 160))
     assert last["bits_per_byte"] < 0.7 * first["bits_per_byte"]
     assert last["mtp_acceptance"] > 2 * last["mtp_unigram_rate"]
     reloaded = abyssal.load_model(trained_model.folder)
@@ -95,14 +102,43 @@ def test_the_shared_trained_model_is_worth_its_name(trained_model: TrainedModel)
         assert torch.equal(reloaded.state_dict()[name], tensor), name
 
 
-def test_quickstart_that_learnt_nothing_fails_and_says_so(tmp_path: Path) -> None:
+@pytest.fixture
+def small_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quickstart on one package of the standard library instead of all of it, and few new tokens."""
+    package = Path(sysconfig.get_path("stdlib"), "json")
+    monkeypatch.setattr(text_module, "load_corpus", lambda paths, fraction: load_corpus(paths or package, fraction))
+    monkeypatch.setattr(quickstart, "NEW_TOKENS", 8)
+
+
+@pytest.mark.usefixtures("small_quickstart")
+def test_quickstart_that_learnt_nothing_fails_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "quickstart"
-    done = abyssal_command("quickstart", "--steps", "2", "--out", out)
-    assert done.returncode == 1, done.stderr
-    assert "failed: bits per byte" in done.stderr
-    assert "reload" not in done.stderr
-    assert "gzip -9" in done.stdout and "MaxVio_global" in done.stdout
+    assert main(["quickstart", "--steps", "2", "--out", str(out)]) == 1
+    shown = capsys.readouterr()
+    assert "failed: bits per byte" in shown.err
+    assert "reload" not in shown.err
+    assert "gzip -9" in shown.out and "MaxVio_global" in shown.out
     assert {"model", "metrics.jsonl", "run.json", "quickstart.png"} <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.usefixtures("small_quickstart")
+def test_quickstart_writes_with_the_model_that_lies_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def damaged(path: Path) -> Transformer:
+        model = abyssal.load_model(path)
+        model.head_weight.detach().neg_()
+        return model
+
+    monkeypatch.setattr(hf, "load_model", damaged)
+    assert main(["quickstart", "--steps", "2", "--out", str(tmp_path / "quickstart")]) == 1
+    assert "failed: reload" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small_quickstart")
+def test_quickstart_without_a_complaint_succeeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "_run", lambda out, config, console: [])
+    assert main(["quickstart", "--out", str(tmp_path / "quickstart")]) == 0
 
 
 @pytest.mark.slow

@@ -49,10 +49,10 @@ SPEC = ModelSpec(
 )
 
 CONFIG = TrainConfig(
-    steps=240,
+    steps=160,
     seq_len=128,
     batch_size=4,
-    validate_every=120,
+    validate_every=80,
     validation_batches=2,
     optimizer=OptimizerConfig(lr=6e-3, warmup_steps=20),
     balance=BalanceConfig(bias_speed=1e-2, bias_decay="linear"),
@@ -76,7 +76,7 @@ class TrainedModel:
 def train_small_model(folder: Path) -> TrainedModel:
     """Train it into ``folder``."""
     library = Path(sysconfig.get_path("stdlib"))
-    text = tokenise_corpus([library / package for package in PACKAGES], SPEC.vocab_size)
+    text = tokenise_corpus([library / package for package in PACKAGES], SPEC.vocab_size, held_out_fraction=0.02)
     run = RunFolder(folder)
     result = run_training(run, text.fitted(SPEC), CONFIG, text)
     metrics = tuple(json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines())
