@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-# Before anything imports torch.  The tests' models are too small to gain from a second thread, and threads that wait for
-# one another lose many times over when something else wants a core.
+# Before anything imports torch.  The tests' models are too small to gain from a second thread, and threads that wait
+# for one another lose many times over when something else wants a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
