@@ -51,6 +51,8 @@ def stream_text(tokenizer: Tokenizer, ids: Iterator[int]) -> Iterator[str]:
 
 def main(argv: list[str]) -> int:
     config = parse(GenerateConfig, argv, "generate")
+    if not 0 <= config.seed < 1 << 63:
+        raise ValueError(f"--seed is {config.seed}; give 0 to {(1 << 63) - 1}")
 
     import torch
 
