@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_sampling_follows_its_seed(trained_model: TrainedModel, capsys: pytest.C
 
 def test_transformers_writes_the_same(trained_model: TrainedModel) -> None:
     tokenizer = AutoTokenizer.from_pretrained(trained_model.folder)
-    theirs = AutoModelForCausalLM.from_pretrained(trained_model.folder, dtype=torch.float32)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(trained_model.folder, dtype=torch.float32)
     ids = trained_model.tokenizer.encode(PROMPT, add_bos=True)
     assert tokenizer(PROMPT, add_special_tokens=False)["input_ids"] == ids[1:]
     expected = theirs.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=0)

@@ -89,7 +89,7 @@ def _run(out: Path, config: TrainConfig, console: Console) -> list[str]:
     plot_run(picture, history, baselines, text.train_bytes_per_token, title)
     for written in (*after, _sampled_text(reloaded, text.tokenizer)):
         console.rule(style="dim")
-        console.print(written.rstrip(), markup=False, highlight=False)
+        console.print(written.rstrip(), markup=False, highlight=False, soft_wrap=True)  # its line ends, no others
     console.rule(style="dim")
     seconds = time.perf_counter() - begin
     figures = Figures(spec, result.evaluation, baselines, result.tokens, result.seconds, seconds, before, after)

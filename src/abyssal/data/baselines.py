@@ -27,13 +27,11 @@ _START = 256
 
 @dataclass(frozen=True)
 class Baselines:
-    """Bits per byte of held-out text, and how often a guess without context is right."""
+    """Bits per byte of held-out text."""
 
     byte_bigram: float
     token_unigram: float
     gzip: float
-    unigram_hit_rate: float
-    """Share of held-out tokens that are the most frequent token of the training text."""
 
 
 def measure_baselines(
@@ -46,7 +44,6 @@ def measure_baselines(
         byte_bigram=byte_bigram_bits_per_byte(corpus.train_documents, corpus.held_out_documents),
         token_unigram=token_unigram_bits_per_byte(train_tokens, held_out_tokens, token_bytes),
         gzip=gzip_bits_per_byte(corpus.held_out_documents),
-        unigram_hit_rate=unigram_hit_rate(train_tokens, held_out_tokens),
     )
 
 
@@ -71,12 +68,6 @@ def gzip_bits_per_byte(documents: Iterable[Document]) -> float:
     """``gzip -9`` of the documents' text, header and all.  Raises ValueError without text."""
     data = b"".join(document.text.encode() for document in documents)
     return len(gzip.compress(data, compresslevel=9, mtime=0)) * 8 / _some(len(data))
-
-
-def unigram_hit_rate(train: np.ndarray, held_out: np.ndarray) -> float:
-    """Share of ``held_out`` tokens that equal the most frequent token of ``train``."""
-    _some(len(held_out))
-    return float(np.mean(held_out == np.bincount(train).argmax()))
 
 
 def _pair_counts(document: Document) -> np.ndarray:

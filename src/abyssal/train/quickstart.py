@@ -58,17 +58,22 @@ def quickstart_config(steps: int = STEPS) -> TrainConfig:
 
 
 def claim_folder(path: Path) -> None:
-    """Make ``path`` an empty folder that bears the marker, replacing what an earlier quickstart left there.
+    """Make ``path`` an empty folder that bears the marker, removing what an earlier quickstart left there.
+
+    The folder itself stays, since it may be a link, a mounted disk, or where the user stands.
 
     Raises:
         ValueError: something is there that no quickstart made.
     """
-    if path.exists():
-        if not (path / MARKER).is_file() and not (path.is_dir() and not any(path.iterdir())):
-            raise ValueError(f"{path}: exists and was not made by a quickstart; give another --out")
-        shutil.rmtree(path)
-    path.mkdir(parents=True)
+    if path.exists() and not (path / MARKER).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path}: exists and was not made by a quickstart; give another --out")
+    path.mkdir(parents=True, exist_ok=True)
     (path / MARKER).touch()
+    for left in path.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        elif left.name != MARKER:
+            left.unlink()
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def run_training(
         ValueError: what :func:`~abyssal.train.loop.open_stream` raises; nothing is written then.
     """
     config = config.resolved(spec)
-    open_stream(spec, config, text)
+    stream = open_stream(spec, config, text)
     folder.path.mkdir(parents=True, exist_ok=True)
     record = {
         "config": asdict(config),
@@ -40,10 +40,12 @@ def run_training(
         "text": {
             "train_documents": len(text.corpus.train_documents),
             "held_out_documents": len(text.corpus.held_out_documents),
+            "duplicates_left_out": text.corpus.num_duplicates,
             "train_bytes": text.corpus.train_bytes,
             "held_out_bytes": text.corpus.held_out_bytes,
             "train_tokens": len(text.train_tokens),
             "held_out_tokens": len(text.held_out_tokens),
+            "epochs": round(stream.epoch(config.steps), 4),
             "tokenizer": text.tokenizer.content_hash(),
         },
     }

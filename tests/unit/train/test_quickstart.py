@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,11 @@ from abyssal.data.baselines import Baselines
 from abyssal.train.evaluate import Evaluation
 from abyssal.train.history import History
 from abyssal.train.metrics import MetricsFile, StepRecord
-from abyssal.train.plot import plot_run
+from abyssal.train.plot import _draw_loss, plot_run
 from abyssal.train.quickstart import MARKER, Figures, claim_folder, failures, quickstart_spec
 from abyssal.train.step import StepResult
 
-BASELINES = Baselines(byte_bigram=3.5, token_unigram=2.8, gzip=1.9, unigram_hit_rate=0.02)
+BASELINES = Baselines(byte_bigram=3.5, token_unigram=2.8, gzip=1.9)
 EVEN, UNEVEN = {1: torch.tensor([5, 5])}, {1: torch.tensor([8, 2])}
 GOOD = Figures(
     spec=quickstart_spec(),
@@ -65,11 +66,16 @@ def test_other_text_after_reloading_fails() -> None:
 
 
 def test_only_its_own_folder_is_replaced(tmp_path: Path) -> None:
-    own = tmp_path / "own"
+    own, link = tmp_path / "own", tmp_path / "link"
     claim_folder(own)
-    (own / "model").mkdir()
-    claim_folder(own)
-    assert [path.name for path in own.iterdir()] == [MARKER]
+    link.symlink_to(own)
+    for path in (own, link):
+        (own / "model").mkdir()
+        (own / "run.json").touch()
+        (own / "elsewhere").symlink_to(Path(__file__).parent)
+        claim_folder(path)
+        assert [path.name for path in own.iterdir()] == [MARKER]
+    assert Path(__file__).exists() and link.is_symlink()
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").touch()
@@ -97,3 +103,14 @@ def test_picture_is_written(tmp_path: Path) -> None:
     plot_run(tmp_path / "run.png", history, BASELINES, 3.0, "title")
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["run.png"]
+
+
+def test_losses_are_drawn_in_bits_per_byte() -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    history, axes = History(), figure.subplots()
+    history.losses += [6.0, 3.0]
+    history.validations += [(0, 3.6), (2, 2.0)]
+    _draw_loss(axes, history, BASELINES, 3.0)
+    drawn = [list(line.get_ydata()) for line in axes.lines]
+    assert drawn[0] == pytest.approx([2 / math.log(2), 1 / math.log(2)])
+    assert drawn[2] == [3.6, 2.0] and [line[0] for line in drawn[3:]] == [3.5, 2.8, 1.9]

@@ -48,4 +48,7 @@ def test_a_finished_run_has_a_model_and_its_figures(tmp_path: Path) -> None:
     assert validations[-1]["bits_per_byte"] == result.evaluation.bits_per_byte
     assert load_model(folder.model).spec == result.model.spec
     assert Tokenizer.from_folder(folder.model).content_hash() == text.tokenizer.content_hash()
-    assert json.loads(folder.record.read_text())["config"]["optimizer"]["lr"] == CONFIG.optimizer.lr
+    record = json.loads(folder.record.read_text())
+    assert record["config"]["optimizer"]["lr"] == CONFIG.optimizer.lr
+    assert record["text"]["duplicates_left_out"] == 0
+    assert record["text"]["epochs"] == pytest.approx(CONFIG.steps * 4 * 8 / len(text.train_tokens), rel=0.05)
