@@ -125,8 +125,10 @@ def test_quickstart_that_learnt_nothing_fails_and_says_so(tmp_path: Path, capsys
 def test_quickstart_writes_with_the_model_that_lies_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    load_model = hf.load_model
+
     def damaged(path: Path) -> Transformer:
-        model = abyssal.load_model(path)
+        model = load_model(path)
         model.head_weight.detach().neg_()
         return model
 

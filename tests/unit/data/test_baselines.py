@@ -13,7 +13,6 @@ from abyssal.data.baselines import (
     gzip_bits_per_byte,
     measure_baselines,
     token_unigram_bits_per_byte,
-    unigram_hit_rate,
 )
 from abyssal.data.corpus import Corpus
 from abyssal.data.sources import Document
@@ -46,11 +45,6 @@ def test_token_unigram_by_hand() -> None:
     assert bits == pytest.approx((math.log2(8 / 3) + 2 + 3) / 5, rel=1e-12)
 
 
-def test_unigram_hit_rate_by_hand() -> None:
-    assert unigram_hit_rate(np.array([2, 1, 2]), np.array([1, 2, 2, 3])) == 0.5
-    assert unigram_hit_rate(np.array([2, 1, 2]), np.array([1])) == 0
-
-
 def test_gzip_is_the_gzip_of_the_concatenation() -> None:
     texts = "the same words " * 50, "and the same words again é"
     data = "".join(texts).encode()
@@ -65,7 +59,6 @@ def test_all_of_them_together() -> None:
     assert measured.byte_bigram == byte_bigram_bits_per_byte(corpus.train_documents, corpus.held_out_documents)
     assert measured.token_unigram == token_unigram_bits_per_byte(tokens, tokens[:2], table)
     assert measured.gzip == gzip_bits_per_byte(corpus.held_out_documents)
-    assert measured.unigram_hit_rate == 0.5
 
 
 def test_nothing_held_out_is_an_error() -> None:
@@ -76,5 +69,3 @@ def test_nothing_held_out_is_an_error() -> None:
         token_unigram_bits_per_byte(np.array([1]), nothing, table)
     with pytest.raises(ValueError, match="no held-out text"):
         gzip_bits_per_byte(())
-    with pytest.raises(ValueError, match="no held-out text"):
-        unigram_hit_rate(np.array([1]), nothing)
