@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,17 @@ class RunFolder:
         """
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"{self.path}: exists and is not an empty folder; give another --out, or remove it first")
+
+    def check_room(self, num_bytes: int) -> None:
+        """Refuse a disk without room for the model, before it is trained.
+
+        Raises:
+            ValueError: fewer than ``num_bytes`` are free where the folder is or will be.
+        """
+        existing = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+        if free < num_bytes:
+            raise ValueError(f"{self.path}: the model needs {num_bytes:,} bytes and the disk has {free:,}; make room")
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:

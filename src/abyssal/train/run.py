@@ -28,10 +28,12 @@ def run_training(
     ``folder`` is free (:meth:`RunFolder.check_free`); a run that lies there already is an error, never overwritten.
 
     Raises:
-        ValueError: what :func:`~abyssal.train.loop.open_stream` raises; nothing is written then.
+        ValueError: what :func:`~abyssal.train.loop.open_stream` raises, or no room for the model on the disk; nothing
+            is written then.
     """
     config = config.resolved(spec)
     stream = open_stream(spec, config, text)
+    folder.check_room(4 * (spec.total_parameters + spec.mtp_parameters))
     folder.path.mkdir(parents=True, exist_ok=True)
     record = {
         "config": asdict(config),

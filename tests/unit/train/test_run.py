@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from abyssal.checkpoint.hf import load_model
+from abyssal.model.transformer import Transformer
 from abyssal.text.tokenizer import Tokenizer
 from abyssal.train.folder import RunFolder
 from abyssal.train.metrics import StepRecord, ValidationRecord
@@ -38,6 +41,23 @@ def test_an_interrupted_run_keeps_its_metrics_and_leaves_no_model(tmp_path: Path
     assert sorted(path.name for path in folder.path.iterdir()) == ["metrics.jsonl", "run.json"]
     with pytest.raises(ValueError, match="is not an empty folder"):
         folder.check_free()
+
+
+def test_a_disk_without_room_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, folder = small_text(), RunFolder(tmp_path / "deep" / "run")
+    spec = text.fitted(SPEC)
+    num_bytes = 4 * sum(tensor.numel() for tensor in Transformer(spec, device="meta").state_dict().values())
+    asked = []
+
+    def disk_usage(path: Path) -> SimpleNamespace:
+        asked.append(path)
+        return SimpleNamespace(free=num_bytes - 1)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    message = f"run: the model needs {num_bytes:,} bytes and the disk has {num_bytes - 1:,}"
+    with pytest.raises(ValueError, match=message):
+        run_training(folder, spec, CONFIG, text)
+    assert asked == [tmp_path] and not any(tmp_path.iterdir())
 
 
 def test_a_finished_run_has_a_model_and_its_figures(tmp_path: Path) -> None:
