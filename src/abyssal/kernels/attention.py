@@ -3,6 +3,7 @@
 The definition is :func:`attention_reference`: scores, mask, softmax in FP32 (FP64 for FP64), weighted sum.  The fast
 form hands the same problem to torch's fused kernel.  On CPU that kernel wants equal widths of keys and values and
 falls back to writing out the scores otherwise, so the narrower side is padded with zeros, which changes no result.
+Training on CPU takes ``kernels/causal_attention.py``.
 
 Absorbed latent attention of one query is native (``csrc/latent_attention.cpp``) and keeps the weights in FP32, where
 the general form rounds them to the dtype of the entries before the second product.
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from abyssal.kernels.causal_attention import causal_attention, fits
 from abyssal.kernels.native import DTYPE_CODES, OK, native_library, openmp_fork
 
 _pack = struct.Struct("=13qd").pack  # the record `Arguments` of csrc/latent_attention.cpp
@@ -40,12 +42,26 @@ def attention_reference(q_BSHQ: Tensor, k_BLHQ: Tensor, v_BLHV: Tensor, past: in
     return torch.einsum("bhsl,blhv->bshv", weights, v_BLHV.to(wide)).to(v_BLHV.dtype)
 
 
+def _trains_on_cpu(q_BSHQ: Tensor, k_BLHQ: Tensor, v_BLHV: Tensor) -> bool:
+    """Whether gradients are wanted of whole sequences on CPU, each query head with keys of its own."""
+    batch, length, heads, _ = q_BSHQ.shape
+    return (
+        q_BSHQ.is_cpu
+        and torch.is_grad_enabled()
+        and (q_BSHQ.requires_grad or k_BLHQ.requires_grad or v_BLHV.requires_grad)
+        and k_BLHQ.shape[1:3] == (length, heads)
+        and fits(batch * heads, length, q_BSHQ.itemsize)
+    )
+
+
 def attention(q_BSHQ: Tensor, k_BLHQ: Tensor, v_BLHV: Tensor, past: int, scale: float) -> Tensor:
     """Causal attention; query i of a sequence sees keys 0 .. past + i.
 
     Keys and values may have fewer heads than queries (grouped-query attention): consecutive query heads share one.
     Returns (B, S, H, V).
     """
+    if past == 0 and _trains_on_cpu(q_BSHQ, k_BLHQ, v_BLHV):
+        return causal_attention(q_BSHQ, k_BLHQ, v_BLHV, scale)
     seen = past + q_BSHQ.shape[1]  # no query sees the keys after the last query's own
     q, k, v = (tensor.transpose(1, 2) for tensor in (q_BSHQ, k_BLHQ[:, :seen], v_BLHV[:, :seen]))
     value_dim, width = v.shape[-1], max(q.shape[-1], v.shape[-1])
