@@ -21,7 +21,7 @@ from abyssal.train.evaluate import Evaluation
 MARKER = ".made-by-abyssal-quickstart"
 """A file in every folder that the quickstart made: only those may it replace."""
 VOCAB_SIZE = 4096
-STEPS = 1800
+STEPS = 1500
 
 PROMPTS = (
     'def read(self, size=-1):\n    """',
