@@ -29,7 +29,9 @@ def test_values_and_gradients_of_the_definition(length: int, dtype: torch.dtype)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = op.attention_reference(*exact, past=0, scale=0.3)  # type: ignore[misc]
     actual = causal_attention(*leaves, scale=0.3)  # type: ignore[misc]
-    assert actual.dtype == dtype and close(actual, expected, BOUNDS[dtype] * float(expected.abs().max()))
+    assert actual.dtype == dtype and close(
+        actual.detach(), expected.detach(), BOUNDS[dtype] * float(expected.detach().abs().max())
+    )
     expected_gradients = torch.autograd.grad(expected, exact, gradient.double())
     # One scale for all three: of a single position, the gradients of query and key are zero but for rounding.
     allowed = 4 * BOUNDS[dtype] * max(float(theirs.abs().max()) for theirs in expected_gradients)
