@@ -28,6 +28,13 @@ def generate(
     check_sampling(temperature, top_p)
     if max_tokens < 1:
         raise ValueError(f"max_tokens: {max_tokens} must be at least 1")
+    if not prompt_ids:
+        raise ValueError("prompt: holds no token; give some text, or the tokenizer's begin-of-sequence token")
+    if len(prompt_ids) + max_tokens > model.spec.max_positions:
+        raise ValueError(
+            f"prompt: its {len(prompt_ids)} tokens and max_tokens {max_tokens} are together past the model's "
+            f"max_positions {model.spec.max_positions}; shorten the prompt or ask for fewer tokens"
+        )
     weight = model.embed.weight
     tokens_T = torch.tensor(list(prompt_ids), dtype=torch.long, device=weight.device)
     model.check_tokens(tokens_T[None])

@@ -62,10 +62,10 @@ def test_a_temperature_near_zero_is_greedy() -> None:
     ("options", "message"),
     [
         ({"max_tokens": 0}, "max_tokens: 0"),
-        ({"max_tokens": 126}, r"capacity: 129 .*max_positions"),
+        ({"max_tokens": 126}, "prompt: its 3 tokens and max_tokens 126 .*max_positions 128"),
         ({"max_tokens": 4, "temperature": -1.0}, "temperature: -1.0"),
         ({"max_tokens": 4, "top_p": 0.0}, "top_p: 0.0"),
-        ({"max_tokens": 4, "prompt_ids": []}, "tokens_BS: shape"),
+        ({"max_tokens": 4, "prompt_ids": []}, "prompt: holds no token"),
         ({"max_tokens": 4, "prompt_ids": [100000]}, "outside the vocabulary"),
     ],
 )
