@@ -8,7 +8,6 @@ machine's memory bandwidth at which the weights of a token are read.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from support.peer import DTYPES, load_ours, load_theirs, write_model
-from support.record import header, interleaved, ratio_to_best, save, seconds
+from support.record import announce, header, interleaved, options, ratio_to_best, save, seconds
 
 from abyssal.engine.generate import generate
 
@@ -96,14 +95,10 @@ def measure(name: str, dtype: str, repeats: int, folder: Path) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--presets", nargs="+", default=["tiny", "small"], choices=PRESETS)
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = options(__doc__, PRESETS, ["tiny", "small"], DTYPES)
     bandwidth = memory_bandwidth()
     about = {**header(), "memory GB/s": round(bandwidth, 1)}
-    print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
+    announce(about)
     print(f"{'':<12} {'abyssal':>9} {'best peer':>10} {'':<24} {'ratio':>6} {'of memory':>10}   (tokens/s, medians)")
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,6 @@ moments have the named dtype in all.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 from support.peer import DTYPES, load_ours, load_theirs, write_model
-from support.record import header, interleaved, ratio_to_best, save, seconds
+from support.record import announce, header, interleaved, options, ratio_to_best, save, seconds
 from support.worker import Worker
 
 from abyssal.model.context import PackedBatch
@@ -123,13 +122,9 @@ def measure(name: str, dtype: str, repeats: int, folder: Path) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--presets", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = options(__doc__, SHAPES, list(SHAPES), DTYPES)
     about = header()
-    print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
+    announce(about)
     print(f"{'':<11} abyssal  transformers          ratio  allocator set  of peak   (tokens/s, medians)")
     rows = []
     with tempfile.TemporaryDirectory() as folder:

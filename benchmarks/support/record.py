@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ def header() -> dict[str, Any]:
         "torch": torch.__version__,
         "load": round(os.getloadavg()[0], 2),
     }
+
+
+def options(doc: str | None, presets: Iterable[str], default: list[str], dtypes: Iterable[str]) -> argparse.Namespace:
+    """The command line that benchmarks beside a peer share: presets, dtypes, repeats."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--presets", nargs="+", default=default, choices=list(presets))
+    parser.add_argument("--dtypes", nargs="+", default=list(dtypes), choices=list(dtypes))
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser.parse_args()
+
+
+def announce(about: dict[str, Any]) -> None:
+    """Print the header, a line each."""
+    print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
 
 
 def seconds(function: Callable[[], object]) -> float:

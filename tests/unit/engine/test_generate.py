@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from abyssal.engine.generate import generate
 from abyssal.engine.sampler import sample
+from abyssal.model.attention import LatentAttention
 from tests.support.parity import draw_spec, random_model, random_tokens
 
 
@@ -21,6 +23,21 @@ def test_greedy_tokens_are_those_of_the_plain_forward(family: str) -> None:
     while len(expected) < 22 and (len(expected) == 6 or expected[-1] != spec.eos_token_id):
         expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
     assert list(generate(model, prompt, 16)) == expected[6:]
+
+
+def test_only_the_prompt_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding in the expanded form would write the same text, ever more slowly."""
+    rows: list[int] = []
+    expanded = LatentAttention._expanded
+
+    def record(self: LatentAttention, q: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows.append(len(q))
+        return expanded(self, q, *rest)
+
+    monkeypatch.setattr(LatentAttention, "_expanded", record)
+    model = random_model(draw_spec("deepseek_v3", 2))
+    assert len(list(generate(model, [5, 6, 7], 4))) > 1
+    assert rows == [3] * model.spec.num_layers
 
 
 def test_generation_ends_after_an_end_token() -> None:
