@@ -2,8 +2,9 @@
 
 For latent attention that is the normalised latent and the rotated key, ``kv_lora_rank + qk_rope_head_dim`` values a
 token a layer, and nothing else [V3 section 2.1.1]; for the dense family, keys and values.  The MTP modules' layers are
-there like the others.  Which page belongs to whom is the bookkeeping's business (``cache/pages.py``); a page's
-number is the same in every layer, so that a page can be copied, written to disk and read back as one piece.
+there like the others.  Which page belongs to whom is the bookkeeping's business (``cache/pages.py``).  A page's
+number is the same in every layer and all its layers lie together, so that a page is copied, written to disk and read
+back as one piece; a layer of many pages is then read in runs of 64 tokens, which is long enough.
 
 Legend: T tokens of a step, P pages, X cached values of a token in one layer.
 """
@@ -32,8 +33,8 @@ class PagedCache:
 
     def __init__(self, spec: ModelSpec, num_pages: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         layers = spec.num_layers + spec.mtp_depth
-        self.entries_LPSX = torch.zeros(
-            layers, num_pages, PAGE, spec.attention.cache_values, dtype=dtype, device=device
+        self.entries_PLSX = torch.zeros(
+            num_pages, layers, PAGE, spec.attention.cache_values, dtype=dtype, device=device
         )
         self.num_pages = num_pages
         self.device = torch.device(device)
@@ -41,24 +42,24 @@ class PagedCache:
     @property
     def page_bytes(self) -> int:
         """Of one page over all layers."""
-        return self.entries_LPSX[:, 0].numel() * self.entries_LPSX.element_size() if self.num_pages else 0
+        return self.entries_PLSX[0].nbytes if self.num_pages else 0
 
     def layer(self, layer: int) -> Tensor:
-        """(P · 64, X): all entries of one layer, a view."""
-        return self.entries_LPSX[layer].view(-1, self.entries_LPSX.shape[-1])
+        """A view of rows (X), in which position s of page p of this layer is row p · layers · 64 + s."""
+        return self.entries_PLSX.view(-1, self.entries_PLSX.shape[-1])[layer * PAGE :]
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages, (from, to) each, in every layer."""
         for source, target in pairs:
-            self.entries_LPSX[:, target] = self.entries_LPSX[:, source]
+            self.entries_PLSX[target] = self.entries_PLSX[source]
 
     def export_page(self, page: int) -> Tensor:
         """(layers, 64, X), a contiguous copy."""
-        return self.entries_LPSX[:, page].clone()
+        return self.entries_PLSX[page].clone()
 
     def import_page(self, page: int, entries_LSX: Tensor) -> None:
         """The reverse of :meth:`export_page`."""
-        self.entries_LPSX[:, page] = entries_LSX
+        self.entries_PLSX[page] = entries_LSX
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ class PagedBatch:
         self._new_slots_T = torch.cat(new) if new else torch.empty(0, dtype=torch.long)
 
     def _slots_of(self, part: PagedTokens) -> Tensor:
-        """Where the entries of positions 0 .. start + num_tokens lie among all entries of a layer."""
-        pages_P = torch.tensor(part.pages, device=self._cache.device)
-        slots_PS = pages_P[:, None] * PAGE + torch.arange(PAGE, device=self._cache.device)
+        """Rows of :meth:`PagedCache.layer` that hold positions 0 .. start + num_tokens."""
+        rows_P = torch.tensor(part.pages, device=self._cache.device) * (self._cache.entries_PLSX.shape[1] * PAGE)
+        slots_PS = rows_P[:, None] + torch.arange(PAGE, device=self._cache.device)
         return slots_PS.flatten()[: part.start + part.num_tokens]
 
     def write(self, layer: int, entries_TX: Tensor) -> Tensor:

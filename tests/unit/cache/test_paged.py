@@ -67,14 +67,14 @@ def test_pages_are_the_contiguous_cache(family: str) -> None:
 
 def test_pages_move_whole() -> None:
     cache = PagedCache(SMALL, 3, torch.float32)
-    cache.entries_LPSX[:, 1] = torch.randn(cache.entries_LPSX[:, 1].shape)
+    cache.entries_PLSX[1] = torch.randn(cache.entries_PLSX[1].shape)
     page = cache.export_page(1)
     assert page.nbytes == cache.page_bytes == (SMALL.num_layers + SMALL.mtp_depth) * PAGE * 24 * 4
     cache.copy_pages([(1, 0)])
     cache.import_page(2, page)
-    assert torch.equal(cache.entries_LPSX[:, 0], page) and torch.equal(cache.entries_LPSX[:, 2], page)
-    cache.entries_LPSX[:, 1] = 0
-    assert not torch.equal(page, cache.entries_LPSX[:, 1])
+    assert torch.equal(cache.entries_PLSX[0], page) and torch.equal(cache.entries_PLSX[2], page)
+    cache.entries_PLSX[1] = 0
+    assert not torch.equal(page, cache.entries_PLSX[1])
 
 
 def test_a_step_without_tokens() -> None:
