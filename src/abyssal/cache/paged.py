@@ -6,20 +6,29 @@ there like the others.  Which page belongs to whom is the bookkeeping's business
 number is the same in every layer and all its layers lie together, so that a page is copied, written to disk and read
 back as one piece; a layer of many pages is then read in runs of 64 tokens, which is long enough.
 
-Legend: T tokens of a step, P pages, X cached values of a token in one layer.
+In FP8 pages an entry is bytes instead, codes and their scales (:mod:`abyssal.spec.fp8_entry`), quantised as it is
+written and read as the activations' dtype.  A step reads its own tokens so too: what a token sees does not depend on
+whether it came in this step or in an earlier one.
+
+Legend: T tokens of a step, P pages, X cached values of a token in one layer (bytes, in FP8 pages).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from abyssal.cache.pages import PAGE
+from abyssal.kernels.fp8_entries import read_entries, write_entries
 from abyssal.model.context import AttentionGroup
 from abyssal.spec.model import ModelSpec
+
+PageDtype = Literal["model", "fp8"]
+"""What pages hold: values in the activations' dtype, or E4M3 codes with their scales."""
 
 
 class PagedCache:
@@ -28,16 +37,38 @@ class PagedCache:
     Args:
         spec: the model; its MTP modules have layers of their own after the last.
         num_pages: pages of :data:`~abyssal.cache.pages.PAGE` tokens.
-        dtype, device: of the entries; those of the model's activations.
+        dtype, device: of the entries as attention reads them; those of the model's activations.
+        page_dtype: of the entries as they are stored.
+
+    Raises:
+        ValueError: there is no such ``page_dtype``.
     """
 
-    def __init__(self, spec: ModelSpec, num_pages: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        page_dtype: PageDtype = "model",
+    ) -> None:
+        if page_dtype not in get_args(PageDtype):
+            raise ValueError(f"page_dtype: {page_dtype!r} must be one of {', '.join(get_args(PageDtype))}")
         layers = spec.num_layers + spec.mtp_depth
-        self.entries_PLSX = torch.zeros(
-            num_pages, layers, PAGE, spec.attention.cache_values, dtype=dtype, device=device
-        )
+        self.fp8 = spec.attention.fp8_entry if page_dtype == "fp8" else None
+        """How an entry lies in its bytes; None where it is values."""
+        width = spec.attention.cache_values if self.fp8 is None else self.fp8.num_bytes
+        stored = dtype if self.fp8 is None else torch.uint8
+        self.entries_PLSX = torch.zeros(num_pages, layers, PAGE, width, dtype=stored, device=device)
         self.num_pages = num_pages
+        self.dtype = dtype
         self.device = torch.device(device)
+
+    @property
+    def layout(self) -> str:
+        """How a page's bytes are arranged: pages of one engine are another's only where this is the same."""
+        _, layers, tokens, width = self.entries_PLSX.shape
+        return f"{layers}x{tokens}x{width} " + (str(self.dtype) if self.fp8 is None else f"fp8 {self.fp8}")
 
     @property
     def page_bytes(self) -> int:
@@ -47,6 +78,19 @@ class PagedCache:
     def layer(self, layer: int) -> Tensor:
         """A view of rows (X), in which position s of page p of this layer is row p · layers · 64 + s."""
         return self.entries_PLSX.view(-1, self.entries_PLSX.shape[-1])[layer * PAGE :]
+
+    def store(self, layer: int, slots_T: Tensor, entries_TX: Tensor) -> None:
+        """Write entries, values of ``dtype``, to rows of :meth:`layer`, each row once."""
+        if self.fp8 is None:
+            self.layer(layer).index_copy_(0, slots_T, entries_TX)
+        else:
+            write_entries(self.layer(layer), slots_T, entries_TX, self.fp8)
+
+    def load(self, layer: int, slots_T: Tensor) -> Tensor:
+        """Rows of :meth:`layer` as values of ``dtype``."""
+        if self.fp8 is None:
+            return self.layer(layer).index_select(0, slots_T)
+        return read_entries(self.layer(layer), slots_T, self.fp8, self.dtype)
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy pages, (from, to) each, in every layer."""
@@ -94,13 +138,13 @@ class PagedBatch:
         return slots_PS.flatten()[: part.start + part.num_tokens]
 
     def write(self, layer: int, entries_TX: Tensor) -> Tensor:
-        self._cache.layer(layer).index_copy_(0, self._new_slots_T, entries_TX)
+        self._cache.store(layer, self._new_slots_T, entries_TX)
         return entries_TX
 
     def groups(self, layer: int, entries_TX: Tensor) -> Iterator[AttentionGroup]:
         begin = 0
         for part, slots in zip(self._parts, self._slots, strict=True):
             rows = slice(begin, begin + part.num_tokens)
-            seen = self._cache.layer(layer).index_select(0, slots)
+            seen = self._cache.load(layer, slots)
             yield AttentionGroup(rows, 1, seen, part.start, part.absorbed)
             begin = rows.stop

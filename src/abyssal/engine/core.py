@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from abyssal.cache.paged import PagedCache
+from abyssal.cache.paged import PagedCache, PageDtype
 from abyssal.cache.pages import PAGE, PagePool
 from abyssal.cache.prefix import PrefixCache
 from abyssal.engine.limits import SchedulerConfig
@@ -44,6 +44,8 @@ class EngineConfig:
     """Tokens that the model's MTP modules draft for each sequence and step, to be verified in one pass; 0: none."""
     preemption: Literal["recompute"] = "recompute"
     """What becomes of the pages of a preempted sequence."""
+    page_dtype: PageDtype = "model"
+    """What pages hold: values in the activations' dtype, or FP8 codes with their scales, about half of BF16's bytes."""
 
 
 DEFAULT_CACHE_BYTES = 1 << 28
@@ -80,7 +82,7 @@ class Engine:
             raise ValueError(
                 f"num_drafts: {config.num_drafts} tokens cannot be drafted by a model without MTP modules; set it to 0"
             )
-        cache = PagedCache(spec, num_pages, cache_dtype(model))
+        cache = PagedCache(spec, num_pages, cache_dtype(model), page_dtype=config.page_dtype)
         self._runner = ModelRunner(model, cache, self._live, config.num_drafts)
         pool = PagePool(num_pages)
         self.scheduler = Scheduler(
@@ -105,7 +107,8 @@ class Engine:
         if config.cache_tokens is not None:
             return -(-config.cache_tokens // PAGE)
         longest = -(-model.spec.max_positions // PAGE)
-        fitting = DEFAULT_CACHE_BYTES // PagedCache(model.spec, 1, cache_dtype(model)).page_bytes
+        one = PagedCache(model.spec, 1, cache_dtype(model), page_dtype=config.page_dtype)
+        fitting = DEFAULT_CACHE_BYTES // one.page_bytes
         return max(longest, min(16 * longest, fitting))
 
     def add(self, request: Request) -> None:

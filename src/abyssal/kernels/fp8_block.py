@@ -12,7 +12,7 @@ cast, because saturation on overflow differs between devices and formats (e5m2 g
 
 Error bound.  For finite x in a block of scale s: |dequantise(quantise(x)) - x| <= max(2^-4 |x|, 2^-10 (1 + 2^-18) s).
 2^-4 is half a step of three mantissa bits, 2^-10 half the smallest subnormal step; the rest is FP32 rounding of the
-division and the product.  A cast of the result to BF16 adds 2^-9 relative.
+division and the product.  A cast of the result to BF16 adds 2^-8 relative.
 
 The trade-off not taken: the smallest scale is the smallest normal FP32 number rather than DeepGEMM's 1e-4 / 448, so a
 block of tiny weights keeps its three bits.

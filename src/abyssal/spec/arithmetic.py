@@ -70,10 +70,16 @@ def mtp_parameters(spec: ModelSpec) -> int:
     return sum(mtp_parameters_by_part(spec).values())
 
 
-def kv_cache_bytes_per_token(spec: ModelSpec, *, bytes_per_value: int = 2, include_mtp: bool = False) -> int:
-    """Bytes that one token occupies in the cache, over the main layers or those and the MTP modules' too."""
+def kv_cache_bytes_per_token(
+    spec: ModelSpec, *, bytes_per_value: int = 2, include_mtp: bool = False, fp8: bool = False
+) -> int:
+    """Bytes that one token occupies in the cache, over the main layers or those and the MTP modules' too.
+
+    ``fp8``: in FP8 pages with their scales (DeepSeek-V3: 656 bytes a layer), whatever ``bytes_per_value``.
+    """
     layers = spec.num_layers + (spec.mtp_depth if include_mtp else 0)
-    return layers * spec.attention.cache_values * bytes_per_value
+    attention = spec.attention
+    return layers * (attention.fp8_entry.num_bytes if fp8 else attention.cache_values * bytes_per_value)
 
 
 def _attention_flops(spec: ModelSpec, layers: int, positions: float) -> int:

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from abyssal.spec.fp8_entry import Fp8Entry
+
 
 def check_at_least(record: str, minimum: int, **fields: int) -> None:
     """Raise ValueError naming the first of ``fields`` that is not an integer of at least ``minimum``."""
@@ -107,6 +109,11 @@ class LatentAttentionSpec:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
+    def fp8_entry(self) -> Fp8Entry:
+        """The same in FP8: the latent as codes, the rotary key plain."""
+        return Fp8Entry(1, self.kv_lora_rank, self.qk_rope_head_dim)
+
+    @property
     def rope_dim(self) -> int:
         return self.qk_rope_head_dim
 
@@ -141,6 +148,11 @@ class GroupedQueryAttentionSpec:
     def cache_values(self) -> int:
         """Values cached a token a layer: keys and values of every key-value head."""
         return 2 * self.num_kv_heads * self.head_dim
+
+    @property
+    def fp8_entry(self) -> Fp8Entry:
+        """The same in FP8: each head's key and each head's value by scales of its own."""
+        return Fp8Entry(2 * self.num_kv_heads, self.head_dim)
 
     @property
     def rope_dim(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -11,10 +12,14 @@ from abyssal.cache.latent import LatentCache
 from abyssal.cache.paged import PagedBatch, PagedCache, PagedTokens
 from abyssal.cache.pages import PAGE
 from abyssal.model.transformer import Transformer
+from abyssal.spec.arithmetic import kv_cache_bytes_per_token
+from abyssal.spec.presets import preset
 from tests.support.checkpoints import SMALL, random_model
 from tests.support.parity import draw_spec
 
 LENGTH = PAGE + 20
+FLOATS = (torch.float32, torch.bfloat16)
+PAGE_DTYPES = ("model", "fp8")
 
 
 def spec_of(family: str):
@@ -75,6 +80,38 @@ def test_pages_move_whole() -> None:
     assert torch.equal(cache.entries_PLSX[0], page) and torch.equal(cache.entries_PLSX[2], page)
     cache.entries_PLSX[1] = 0
     assert not torch.equal(page, cache.entries_PLSX[1])
+
+
+def test_fp8_pages_to_the_byte() -> None:
+    """[FlashMLA's FP8 cache]: 512 codes, 4 scales, 64 values of rotary key."""
+    v3 = preset("deepseek-v3")
+    cache = PagedCache(v3, 1, torch.bfloat16, page_dtype="fp8")
+    assert cache.page_bytes == 62 * PAGE * 656 == cache.export_page(0).nbytes
+    assert cache.page_bytes == PAGE * kv_cache_bytes_per_token(v3, include_mtp=True, fp8=True)
+    assert PagedCache(SMALL, 1, torch.bfloat16, page_dtype="fp8").page_bytes == 3 * PAGE * (20 + 4 + 8)
+    layouts = {PagedCache(SMALL, 1, dtype, page_dtype=name).layout for dtype in FLOATS for name in PAGE_DTYPES}
+    assert len(layouts) == 3  # the bytes of FP8 pages are read as either dtype
+    with pytest.raises(ValueError, match="page_dtype: 'int8' must be one of model, fp8"):
+        PagedCache(SMALL, 1, torch.float32, page_dtype="int8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "llama"])
+def test_fp8_pages_give_what_was_quantised_to_the_very_step_that_wrote_it(family: str) -> None:
+    """Whether a token came in this step or an earlier one: the bits of prefill do not depend on its chunks."""
+    model = random_model(spec_of(family))
+    tokens_T = torch.randint(0, model.spec.vocab_size, (LENGTH,), generator=torch.Generator().manual_seed(0))
+    results = []
+    for cuts in ([0, LENGTH], [0, 7, PAGE, PAGE + 1, LENGTH]):
+        cache = PagedCache(model.spec, 2, torch.float32, page_dtype="fp8")
+        with torch.inference_mode():
+            hidden = []
+            for start, stop in itertools.pairwise(cuts):
+                context = PagedBatch(cache, [PagedTokens(start, stop - start, (1, 0)[: -(-stop // PAGE)], False)])
+                hidden.append(model.hidden(tokens_T[start:stop], model.step(context)))
+        results.append((torch.cat(hidden), cache.entries_PLSX))
+        entries_TX = cache.load(0, torch.arange(5))
+        assert entries_TX.dtype == torch.float32 and entries_TX.shape == (5, model.spec.attention.cache_values)
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
 def test_a_step_without_tokens() -> None:

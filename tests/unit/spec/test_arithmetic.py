@@ -138,6 +138,10 @@ def test_cache_bytes_of_a_token():
     assert v3.kv_cache_bytes_per_token == 70272
     assert arithmetic.kv_cache_bytes_per_token(v3, include_mtp=True) == 62 * 576 * 2
     assert arithmetic.kv_cache_bytes_per_token(v3, bytes_per_value=1) == 61 * 576
+    assert arithmetic.kv_cache_bytes_per_token(v3, fp8=True) == 61 * 656 == 61 * (512 + 4 * 4 + 64 * 2)
+    assert arithmetic.kv_cache_bytes_per_token(v3, include_mtp=True, fp8=True) == 62 * 656
+    dense = preset("deepseek-llm-67b")
+    assert arithmetic.kv_cache_bytes_per_token(dense, fp8=True) == 95 * 2 * 8 * (128 + 4)
     # 95 layers of keys and values of 8 heads of 128, in two bytes
     assert preset("deepseek-llm-67b").kv_cache_bytes_per_token == 95 * 2 * 8 * 128 * 2
 
