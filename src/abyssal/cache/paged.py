@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, get_args
 
 import torch
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from abyssal.cache.pages import PAGE
 from abyssal.kernels.fp8_entries import read_entries, write_entries
-from abyssal.model.context import AttentionGroup
-from abyssal.spec.model import ModelSpec
+from abyssal.kernels.latent_attention import PageTable
+from abyssal.model.context import AttentionGroup, PagedGroup
+from abyssal.spec.model import LatentAttentionSpec, ModelSpec
 
 PageDtype = Literal["model", "fp8"]
 """What pages hold: values in the activations' dtype, or E4M3 codes with their scales."""
@@ -62,6 +64,8 @@ class PagedCache:
         self.entries_PLSX = torch.zeros(num_pages, layers, PAGE, width, dtype=stored, device=device)
         self.num_pages = num_pages
         self.dtype = dtype
+        self.in_place = isinstance(spec.attention, LatentAttentionSpec) and self.fp8 is None
+        """Whether the decode path reads the pages where they lie."""
         self.device = torch.device(device)
 
     @property
@@ -119,17 +123,40 @@ class PagedTokens:
     """Attention by the decode path; expanded otherwise."""
 
 
+@dataclass(frozen=True)
+class _Copied:
+    """A part whose entries are copied together for attention."""
+
+    part: PagedTokens
+    slots: Tensor
+    """Rows of :meth:`PagedCache.layer` that hold what it sees."""
+
+
 class PagedBatch:
-    """New tokens of several sequences, each over its own pages: the model's attention context while serving."""
+    """New tokens of several sequences, each over its own pages: the model's attention context while serving.
+
+    Sequences on the decode path that follow one another make one group for latent attention, which reads their pages
+    where they lie.  For the others, for FP8 pages and for the dense family, a sequence's entries are copied together.
+    """
 
     def __init__(self, cache: PagedCache, parts: Sequence[PagedTokens]) -> None:
         self._cache = cache
-        self._parts = tuple(parts)
-        positions = [torch.arange(part.start, part.start + part.num_tokens) for part in parts]
-        self.positions_T = torch.cat(positions).to(cache.device) if positions else torch.empty(0, dtype=torch.long)
-        self._slots = [self._slots_of(part) for part in parts]
-        new = [slots[part.start :] for part, slots in zip(self._parts, self._slots, strict=True)]
-        self._new_slots_T = torch.cat(new) if new else torch.empty(0, dtype=torch.long)
+        page_rows = cache.entries_PLSX.shape[1] * PAGE  # over all layers
+        spans = [(part, range(part.start, part.start + part.num_tokens)) for part in parts]
+        positions = [position for _, span in spans for position in span]
+        slots = [
+            part.pages[position // PAGE] * page_rows + position % PAGE for part, span in spans for position in span
+        ]
+        self.positions_T = torch.tensor(positions, dtype=torch.long, device=cache.device)
+        self._new_slots_T = torch.tensor(slots, dtype=torch.long, device=cache.device)
+        self._groups: list[tuple[slice, PageTable | _Copied]] = []
+        begin = 0
+        for paged, run in groupby(parts, lambda part: part.absorbed and cache.in_place):
+            together = list(run)
+            for group in [together] if paged else [[part] for part in together]:
+                rows = slice(begin, begin + sum(part.num_tokens for part in group))
+                self._groups.append((rows, _table(group) if paged else _Copied(group[0], self._slots_of(group[0]))))
+                begin = rows.stop
 
     def _slots_of(self, part: PagedTokens) -> Tensor:
         """Rows of :meth:`PagedCache.layer` that hold positions 0 .. start + num_tokens."""
@@ -141,10 +168,14 @@ class PagedBatch:
         self._cache.store(layer, self._new_slots_T, entries_TX)
         return entries_TX
 
-    def groups(self, layer: int, entries_TX: Tensor) -> Iterator[AttentionGroup]:
-        begin = 0
-        for part, slots in zip(self._parts, self._slots, strict=True):
-            rows = slice(begin, begin + part.num_tokens)
-            seen = self._cache.load(layer, slots)
-            yield AttentionGroup(rows, 1, seen, part.start, part.absorbed)
-            begin = rows.stop
+    def groups(self, layer: int, entries_TX: Tensor) -> Iterator[AttentionGroup | PagedGroup]:
+        for rows, where in self._groups:
+            if isinstance(where, PageTable):
+                yield PagedGroup(rows, self._cache.entries_PLSX[:, layer], where)
+            else:
+                seen = self._cache.load(layer, where.slots)
+                yield AttentionGroup(rows, 1, seen, where.part.start, where.part.absorbed)
+
+
+def _table(parts: Sequence[PagedTokens]) -> PageTable:
+    return PageTable.of([(part.num_tokens, part.start + part.num_tokens, part.pages) for part in parts])

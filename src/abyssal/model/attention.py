@@ -27,8 +27,9 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from abyssal.kernels.attention import attention, latent_attention
-from abyssal.model.context import AttentionGroup
+from abyssal.kernels.attention import attention
+from abyssal.kernels.latent_attention import latent_attention, paged_latent_attention
+from abyssal.model.context import AttentionGroup, PagedGroup
 from abyssal.model.norm import RMSNorm
 from abyssal.model.rope import apply_rotation, softmax_scale
 from abyssal.model.step import Step
@@ -109,8 +110,10 @@ class LatentAttention(nn.Module):
         for absorbed, run in groupby(step.context.groups(layer, entries_TX), lambda group: group.absorbed):
             if absorbed:
                 parts.append(self._absorbed(q_THQ, list(run), step))
-            else:
-                parts += [self._expanded(q_THQ[group.rows], group, layer, step) for group in run]
+                continue
+            for group in run:
+                assert isinstance(group, AttentionGroup)
+                parts.append(self._expanded(q_THQ[group.rows], group, layer, step))
         return self.out(_join(parts, q_THQ, self.sizes.num_heads * self.sizes.v_head_dim), step.queue)
 
     def _expanded(self, q: Tensor, group: AttentionGroup, layer: int, step: Step) -> Tensor:
@@ -147,7 +150,7 @@ class LatentAttention(nn.Module):
             memory_format=torch.contiguous_format
         )
 
-    def _absorbed(self, q_THQ: Tensor, groups: Sequence[AttentionGroup], step: Step) -> Tensor:
+    def _absorbed(self, q_THQ: Tensor, groups: Sequence[AttentionGroup | PagedGroup], step: Step) -> Tensor:
         """W_UK folded into the query, W_UV applied after the sum over latents: (rows, H·V).
 
         The groups' rows follow one another: their products are one, and each attends to its own entries."""
@@ -167,9 +170,11 @@ class LatentAttention(nn.Module):
         out = grouped_linear(by_head, up_v_HVC, counts, entry, step.queue)
         return out.view(heads, rows, -1).transpose(0, 1).reshape(rows, -1)
 
-    def _latents(self, q_THC: Tensor, group: AttentionGroup) -> Tensor:
+    def _latents(self, q_THC: Tensor, group: AttentionGroup | PagedGroup) -> Tensor:
         """What each head of one group attends to, still latent: (T, H, C)."""
         sizes = self.sizes
+        if isinstance(group, PagedGroup):
+            return paged_latent_attention(q_THC, group.entries_PSX, group.table, sizes.kv_lora_rank, self.scale)
         q_BSHC = q_THC.view(group.num_sequences, -1, sizes.num_heads, sizes.cache_values)
         entries_BLX = group.entries.view(group.num_sequences, -1, sizes.cache_values)
         latent_BSHC = latent_attention(q_BSHC, entries_BLX, sizes.kv_lora_rank, group.past, self.scale)
@@ -206,7 +211,8 @@ class GroupedQueryAttention(nn.Module):
 
     def attend(self, q_THQ: Tensor, entries_TX: Tensor, layer: int, step: Step) -> Tensor:
         """Attention output (T, D)."""
-        parts = [self._group(q_THQ[group.rows], group) for group in step.context.groups(layer, entries_TX)]
+        groups = step.context.groups(layer, entries_TX)
+        parts = [self._group(q_THQ[group.rows], group) for group in groups if isinstance(group, AttentionGroup)]
         return self.out(_join(parts, q_THQ, self.sizes.num_heads * self.sizes.head_dim), step.queue)
 
     def _group(self, q: Tensor, group: AttentionGroup) -> Tensor:

@@ -2,9 +2,10 @@
 
 The model works on flat tokens.  Which of them belong together, and where their earlier keys come from, is the
 context's business: a packed batch sees only itself, a cache also sees what it has stored.  Attention asks the context
-for groups of equal-shaped sequences, and computes each group as one dense problem.
+for groups of equal-shaped sequences, and computes each group as one dense problem; sequences that decode over pages
+make one group, of any shapes, whose entries are read where they lie.
 
-Legend: T tokens (flat), X cached values of a token in one layer, B sequences of a group.
+Legend: T tokens (flat), X cached values of a token in one layer, B sequences of a group, P pages of S tokens.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from abyssal.kernels.latent_attention import PageTable
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,19 @@ class AttentionGroup:
     """Whether latent attention is computed in its absorbed form (decoding) or expanded (training, prefill)."""
 
 
+@dataclass(frozen=True)
+class PagedGroup:
+    """Sequences of any shapes over the pages of a cache, for latent attention in its absorbed form."""
+
+    rows: slice
+    """Their queries in the flat batch, sequence after sequence."""
+    entries_PSX: Tensor
+    """Every page of the layer."""
+    table: PageTable
+    """Whose pages are which."""
+    absorbed: ClassVar[bool] = True
+
+
 class AttentionContext(Protocol):
     """What a step hands to attention."""
 
@@ -43,8 +59,8 @@ class AttentionContext(Protocol):
         """Store this step's entries of ``layer``; return what :meth:`groups` is to be given (itself, without cache)."""
         ...
 
-    def groups(self, layer: int, entries_TX: Tensor) -> Iterator[AttentionGroup]:
-        """The groups that cover all tokens of the step, in order."""
+    def groups(self, layer: int, entries_TX: Tensor) -> Iterator[AttentionGroup | PagedGroup]:
+        """The groups that cover all tokens of the step, in order; paged ones for latent attention alone."""
         ...
 
 

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from abyssal.kernels import attention, native, rms_norm, swiglu
+from abyssal.kernels import latent_attention, native, rms_norm, swiglu
 from abyssal.kernels.gemm import gemm
 
 
@@ -36,8 +36,8 @@ def test_without_the_library_every_operator_still_runs(without_library):
         rms_norm.rms_norm(x_TD, torch.ones(4), 1e-6), rms_norm.rms_norm_reference(x_TD, torch.ones(4), 1e-6)
     )
     torch.testing.assert_close(swiglu.swiglu(x_TD, weights_T), swiglu.swiglu_reference(x_TD, weights_T))
-    assert attention.native_latent_attention(x_TD[None, None, :1], x_TD[None], 2, 1.0) is None
-    assert attention.latent_attention(x_TD[None, None, :1], x_TD[None], 2, 2, 1.0).shape == (1, 1, 1, 2)
+    assert latent_attention.native(x_TD[None, None, :1], x_TD[None], 2, 1.0) is None
+    assert latent_attention.latent_attention(x_TD[None, None, :1], x_TD[None], 2, 2, 1.0).shape == (1, 1, 1, 2)
 
 
 def test_a_library_of_another_interface_is_refused(monkeypatch):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from abyssal.cache.latent import LatentCache
-from abyssal.kernels.attention import attention, attention_reference, latent_attention
+from abyssal.kernels.attention import attention, attention_reference
+from abyssal.kernels.latent_attention import latent_attention
 from abyssal.model.context import PackedBatch
 from abyssal.spec.model import Family
 from tests.support.parity import draw_spec, random_model, random_tokens, relative_difference
