@@ -15,6 +15,7 @@ Legend: T tokens of a step, P pages, X cached values of a token in one layer (by
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -61,12 +62,23 @@ class PagedCache:
         """How an entry lies in its bytes; None where it is values."""
         width = spec.attention.cache_values if self.fp8 is None else self.fp8.num_bytes
         stored = dtype if self.fp8 is None else torch.uint8
-        self.entries_PLSX = torch.zeros(num_pages, layers, PAGE, width, dtype=stored, device=device)
+        self._shape = num_pages, layers, PAGE, width
+        self.entries_PLSX = torch.zeros(self._shape, dtype=stored, device=device)
         self.num_pages = num_pages
         self.dtype = dtype
         self.in_place = isinstance(spec.attention, LatentAttentionSpec) and self.fp8 is None
         """Whether the decode path reads the pages where they lie."""
         self.device = torch.device(device)
+
+    def free(self) -> None:
+        """Give the memory back; every entry is lost, and nothing may be read or written until :meth:`allocate`."""
+        self.entries_PLSX = self.entries_PLSX.new_empty((0, *self._shape[1:]))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # torch would keep it for itself
+
+    def allocate(self) -> None:
+        """Take the memory again, zeroed."""
+        self.entries_PLSX = self.entries_PLSX.new_zeros(self._shape)
 
     @property
     def layout(self) -> str:
@@ -77,7 +89,7 @@ class PagedCache:
     @property
     def page_bytes(self) -> int:
         """Of one page over all layers."""
-        return self.entries_PLSX[0].nbytes if self.num_pages else 0
+        return math.prod(self._shape[1:]) * self.entries_PLSX.itemsize if self.num_pages else 0
 
     def layer(self, layer: int) -> Tensor:
         """A view of rows (X), in which position s of page p of this layer is row p · layers · 64 + s."""

@@ -7,9 +7,11 @@ Nothing here waits or prints; who calls :meth:`Engine.step` (the offline API, a 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from torch import Tensor
 
 from abyssal.cache.paged import PagedCache, PageDtype
 from abyssal.cache.pages import PAGE, PagePool
@@ -21,6 +23,7 @@ from abyssal.engine.random import fresh_seed
 from abyssal.engine.runner import ModelRunner, cache_dtype
 from abyssal.engine.scheduler import Scheduler
 from abyssal.engine.structured import StructureCompiler, open_reasoning
+from abyssal.engine.weights import copy_weights
 from abyssal.model.transformer import Transformer
 from abyssal.text.tokenizer import Tokenizer
 
@@ -72,6 +75,8 @@ class Engine:
         self._ends = () if end is None else end if isinstance(end, tuple) else (end,)
         self._byte_strings = None if tokenizer is None else tokenizer.byte_strings(skip_control=True)
         self._tokenizer = tokenizer
+        self._model = model
+        self._asleep = False
         self._structures = None
         if tokenizer is not None:
             self._structures = StructureCompiler(tokenizer.to_json(), spec.vocab_size, self._ends)
@@ -157,10 +162,74 @@ class Engine:
         return self.scheduler.unfinished
 
     def step(self) -> list[RequestOutput]:
-        """One step; the outputs of the requests that it changed, those that ended among them."""
+        """One step; the outputs of the requests that it changed, those that ended among them.
+
+        Asleep, nothing is computed; requests that were cancelled, or whose deadline passed, still end.
+        """
+        if self._asleep:
+            return self._outputs(self.scheduler.expire())
         plan = self.scheduler.plan()
         results = self._runner.collect(self._runner.launch(plan))
-        changed = dict.fromkeys(self._apply(progress) for progress in self.scheduler.update(plan, results))
+        return self._outputs(self.scheduler.update(plan, results))
+
+    @property
+    def weights_version(self) -> int:
+        """Of the weights that compute the next step; 0 until :meth:`update_weights`."""
+        return self._runner.weights_version
+
+    def update_weights(self, version: int, state: Mapping[str, Tensor] | None = None) -> None:
+        """The weights are other ones from here on: between steps, awake or asleep.
+
+        Parameters are held by reference.  A trainer that changed them in place calls this before the next step;
+        another hands in ``state``, which is copied into them, whole or not at all.  Cached entries were computed with
+        the old weights, so every page is void, in memory and on disk; requests under way keep the tokens they have,
+        compute their entries again, and go on.  Their outputs say which token is of which version.
+
+        Args:
+            version: larger than the last one.
+            state: as in :func:`~abyssal.engine.weights.copy_weights`.
+
+        Raises:
+            ValueError: a version that does not rise, or a state that does not fit.  Nothing is changed then.
+        """
+        if version <= self.weights_version:
+            raise ValueError(f"version: {version} must be above the present {self.weights_version}; count updates up")
+        if state is not None:
+            copy_weights(self._model, state)
+        self._model.refresh(version)
+        self._runner.weights_version = version
+        self._drop_pages()
+        for live in self._live.values():
+            live.change_weights()
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the memory of the pages is given back."""
+        return self._asleep
+
+    def sleep(self) -> None:
+        """Give the memory of the pages back, for a trainer on the same device; the parameters are not touched.
+
+        Requests may be added and wait; those under way are computed again after :meth:`wake`.  What was cached in
+        memory is lost.
+        """
+        if not self._asleep:
+            self._drop_pages()
+            self._runner.free()
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Take the memory of the pages again and go on."""
+        if self._asleep:
+            self._runner.allocate()
+            self._asleep = False
+
+    def _drop_pages(self) -> None:
+        self.scheduler.drop_pages()
+        self._runner.forget_all()
+
+    def _outputs(self, progress: Iterable[Progress]) -> list[RequestOutput]:
+        changed = dict.fromkeys(self._apply(each) for each in progress)
         return [self._output(request_id) for request_id in changed]
 
     def _apply(self, progress: Progress) -> int:

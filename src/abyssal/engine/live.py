@@ -63,6 +63,8 @@ class LiveSequence:
         self.prompt_logprobs: list[TokenLogprobs | None] = [None] * len(request.prompt_ids)
         self.experts: list[np.ndarray | None] = []
         """By position, (layers, K)."""
+        self.versions: list[tuple[int, int]] = []
+        """Of the weights, and how many output tokens in a row were sampled with them."""
         self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.error = ""
@@ -142,9 +144,21 @@ class LiveSequence:
         self.prompt_logprobs[start + 1 : start + 1 + len(following)] = found
 
     def note_experts(self, start: int, experts_TLK: np.ndarray) -> None:
-        """Routed experts of the tokens from position ``start`` on."""
-        self.experts += [None] * (start + len(experts_TLK) - len(self.experts))
-        self.experts[start : start + len(experts_TLK)] = list(experts_TLK)
+        """Routed experts of the tokens from position ``start`` on; of those computed again, the first stand."""
+        self.experts += [None] * (start - len(self.experts))
+        self.experts += list(experts_TLK[len(self.experts) - start :])
+
+    def note_version(self, version: int, count: int) -> None:
+        """The last ``count`` tokens were sampled with weights of ``version``."""
+        if self.versions and self.versions[-1][0] == version:
+            count += self.versions.pop()[1]
+        self.versions.append((version, count))
+
+    def change_weights(self) -> None:
+        """Other weights compute it from here on; what was noted of a prompt that nothing was sampled from is void."""
+        self.drafts = ()
+        if not self.versions:
+            self.experts = []
 
     def finish(self, reason: FinishReason, detail: str = "") -> None:
         """It has ended; held-back text is let go."""
@@ -168,4 +182,5 @@ class LiveSequence:
             logprobs=tuple(self.logprobs) if params.logprobs is not None else None,
             stop_reason=self.text.stop_reason,
             experts=experts,
+            versions=tuple(self.versions),
         )

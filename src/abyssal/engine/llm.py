@@ -68,8 +68,10 @@ class LLM:
         not disturb the others.
 
         Raises:
-            ValueError: as many parameters as there are prompts were not given, or text without a tokenizer.
+            ValueError: as many parameters as there are prompts were not given, text without a tokenizer, or the engine
+                sleeps.
         """
+        self._check_awake()
         several = _several(prompts)
         each = [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(several):
@@ -93,12 +95,14 @@ class LLM:
         """The output of one prompt as it grows, a step at a time; the last is finished.
 
         Raises:
-            ValueError: the prompt cannot run.
+            ValueError: the prompt cannot run, or the engine sleeps.
         """
+        self._check_awake()
         request = Request(next(self._numbers), self._ids(prompt), params or SamplingParams())
         self.engine.add(request)
         try:
             while True:
+                self._check_awake()
                 for output in self.engine.step():
                     if output.request_id == request.request_id:
                         yield output
@@ -120,6 +124,10 @@ class LLM:
             if output.error is not None:
                 raise ValueError(output.error)
         return [output.prompt_logprobs or () for output in outputs]
+
+    def _check_awake(self) -> None:
+        if self.engine.asleep:
+            raise ValueError("engine: is asleep, its pages have no memory; call engine.wake() first")
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):

@@ -341,7 +341,18 @@ class CompletionOutput:
     stop_reason: str | int | None = None
     """The stop text or token that ended it."""
     experts: Any = None
-    """(tokens, layers, chosen) routed expert ids of prompt and output, where asked for."""
+    """(T, L, K) logical ids of the experts that each token was routed to, best first, where asked for: T = prompt +
+    output tokens - 1, since the last sampled token has not passed through the model and has no routing; L layers with
+    experts, without those of MTP modules.  A position's routing is of the pass that the token after it was sampled
+    from, also where preemption or new weights had it computed again later."""
+    versions: tuple[tuple[int, int], ...] = ()
+    """(version of the weights, output tokens in a row sampled with it), in order: one pair unless the weights were
+    updated under way.  Tokens sampled elsewhere (``Request.output_ids``) are not counted."""
+
+    @property
+    def weights_version(self) -> int | None:
+        """Of the newest token sampled; the oldest is ``versions[0][0]``.  None before any."""
+        return self.versions[-1][0] if self.versions else None
 
 
 @dataclass(frozen=True)

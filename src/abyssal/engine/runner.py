@@ -36,6 +36,8 @@ class Launched:
     """Of each chunk among them."""
     hidden_TD: Tensor | None = None
     """Of all tokens, where drafts are wanted."""
+    experts_TLK: np.ndarray | None = None
+    """Of all tokens, where a request wants its routing."""
 
 
 def cache_dtype(model: Transformer) -> torch.dtype:
@@ -60,6 +62,8 @@ class ModelRunner:
         self._cache = cache
         self._live = live
         self._drafter = Drafter(model, cache, num_drafts) if num_drafts else None
+        self.weights_version = 0
+        """Of the model's weights, as the engine's owner counts them."""
         self.drafted = 0
         """Drafts verified so far."""
         self.accepted = 0
@@ -76,10 +80,10 @@ class ModelRunner:
         parts = [PagedTokens(c.start, c.num_tokens, c.pages, c.path == "decode") for c in plan.chunks]
         step = self._model.step(PagedBatch(self._cache, parts), self._model.local_dispatcher())
         hidden_TD = self._model.hidden(tokens_T, step)
-        self._note_experts(plan, {layer: routing.expert_ids_TK for layer, routing in step.routings.items()})
+        experts_TLK = self._experts(plan, {layer: each.expert_ids_TK for layer, each in step.routings.items()})
         wanted, rows = _wanted_rows(plan)
         logits_TV = self._model.logits(hidden_TD[torch.tensor(wanted, dtype=torch.long, device=hidden_TD.device)])
-        return Launched(plan, as_rows(logits_TV), rows, None if self._drafter is None else hidden_TD)
+        return Launched(plan, as_rows(logits_TV), rows, None if self._drafter is None else hidden_TD, experts_TLK)
 
     def collect(self, launched: Launched) -> dict[int, Sampled]:
         """What the step sampled, by sequence; its live sequences have taken it in."""
@@ -91,6 +95,8 @@ class ModelRunner:
                 last = slice(rows.stop - chunk.num_drafts - 1, rows.stop)
                 sampling += [(number, last) for number in (chunk.sequence, *chunk.forks)]
         results = self._sample(launched.logits_TV, sampling)
+        if launched.experts_TLK is not None:
+            self._note_experts(launched.plan, launched.experts_TLK, results)
         return self._draft(launched, results) if self._drafter is not None and launched.plan.chunks else results
 
     def _draft(self, launched: Launched, results: dict[int, Sampled]) -> dict[int, Sampled]:
@@ -107,8 +113,9 @@ class ModelRunner:
             elif not sampled.error:
                 self.drafted += chunk.num_drafts
                 self.accepted += len(sampled.tokens) - 1
-                valid = chunk.num_tokens - chunk.num_drafts + len(sampled.tokens) - 1
-                steps.append(Advance(live, chunk, rows_TD[:valid], not (sampled.stopped or chunk.forks)))
+                steps.append(
+                    Advance(live, chunk, rows_TD[: _standing(chunk, sampled)], not (sampled.stopped or chunk.forks))
+                )
         self._drafter.advance(steps)
         return {number: replace(each, num_drafts=len(self._live[number].drafts)) for number, each in results.items()}
 
@@ -116,6 +123,19 @@ class ModelRunner:
         """A sequence has ended."""
         if self._drafter is not None:
             self._drafter.forget(sequence)
+
+    def forget_all(self) -> None:
+        """All pages are void."""
+        for sequence in self._live:
+            self.forget(sequence)
+
+    def free(self) -> None:
+        """Give the memory of the pages back, until :meth:`allocate`."""
+        self._cache.free()
+
+    def allocate(self) -> None:
+        """Take it again."""
+        self._cache.allocate()
 
     def _sample(self, logits_TV: np.ndarray, sampling: list[tuple[int, slice]]) -> dict[int, Sampled]:
         results: dict[int, Sampled] = {}
@@ -143,22 +163,35 @@ class ModelRunner:
         except ValueError as failure:
             return Sampled((), error=str(failure))
         live.drafts = ()
+        live.note_version(self.weights_version, len(taken.tokens))
         return Sampled(taken.tokens, 0, taken.stopped)
 
     def _tokens(self, chunk: Chunk) -> list[int]:
         return [*chunk.tokens, *self._live[chunk.sequence].drafts[: chunk.num_drafts]]
 
-    def _note_experts(self, plan: StepPlan, experts: Mapping[int, Tensor]) -> None:
+    def _experts(self, plan: StepPlan, experts: Mapping[int, Tensor]) -> np.ndarray | None:
         asked = any(self._live[chunk.sequence].request.params.return_experts for chunk in plan.chunks)
         if not asked or not experts:
-            return
-        experts_TLK = torch.stack([experts[layer] for layer in sorted(experts)], 1).cpu().numpy()
+            return None
+        return torch.stack([experts[layer] for layer in sorted(experts)], 1).cpu().numpy()
+
+    def _note_experts(self, plan: StepPlan, experts_TLK: np.ndarray, results: Mapping[int, Sampled]) -> None:
+        """Of the tokens that stand: what replaces a rejected draft is routed by itself."""
         begin = 0
         for chunk in plan.chunks:
             live = self._live[chunk.sequence]
             if live.request.params.return_experts:
-                live.note_experts(chunk.start, experts_TLK[begin : begin + chunk.num_tokens])
+                valid = _standing(chunk, results.get(chunk.sequence))
+                live.note_experts(chunk.start, experts_TLK[begin : begin + valid])
+                for fork in chunk.forks:
+                    self._live[fork].experts = list(live.experts)
             begin += chunk.num_tokens
+
+
+def _standing(chunk: Chunk, sampled: Sampled | None) -> int:
+    """How many of a chunk's tokens belong to its sequence: all but rejected drafts."""
+    accepted = max(0, len(sampled.tokens) - 1) if sampled is not None else 0
+    return chunk.num_tokens - chunk.num_drafts + accepted
 
 
 def _wanted_rows(plan: StepPlan) -> tuple[list[int], tuple[slice, ...]]:

@@ -288,12 +288,18 @@ class Scheduler:
         self._remove(sequence)
 
     def drop_pages(self) -> None:
-        """All entries are void (other weights, or memory given up): who runs computes everything again."""
+        """All entries are void (other weights, or memory given up): who runs computes everything again, and what was
+        held for export is let go."""
         assert self._plan is None and not any(s.status is Status.IMPORTING for s in self._running)
         for sequence in list(self._running):
             self._back_to_waiting(sequence)
+        for sequence in [s for s in self.sequences.values() if s.status is Status.HELD]:
+            self.release(sequence.number)
         for sequence in self.sequences.values():
             sequence.offloaded, sequence.to_import, sequence.stored = 0, 0, None
+            if sequence.num_output == len(sequence.request.output_ids):
+                sequence.scored = 0  # what is said of a prompt comes from one computation
+        self._memory.finished = []
         if self._memory.prefix is not None:
             self._memory.prefix.clear()
 
@@ -317,6 +323,11 @@ class Scheduler:
         """Ends since the last call."""
         progress, self._progress = self._progress, []
         return progress
+
+    def expire(self) -> list[Progress]:
+        """Progress of a time in which no step can run: deadlines that have passed, requests cancelled."""
+        self._end_expired()
+        return self.take_progress()
 
     def take_prefixes(self) -> list[FinishedPrefix]:
         """Full pages completed by the last update, to be kept on disk; to be read before the next plan."""

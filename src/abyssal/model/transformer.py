@@ -115,6 +115,12 @@ class Transformer(nn.Module):
         """Where each MoE layer's experts are."""
         return {block.layer: block.placement for block in self.blocks() if block.placement is not None}
 
+    def refresh(self, version: int) -> None:
+        """The parameters were changed in place and are of ``version`` now: whatever a kernel made from them is void.
+
+        No kernel keeps anything yet: weights are read where they lie.
+        """
+
     def local_dispatcher(self) -> LocalDispatcher:
         """The dispatcher of a single rank for the present placements."""
         return LocalDispatcher(self.placements(), self.embed.weight.device)
