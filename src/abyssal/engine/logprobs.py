@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from abyssal.engine.messages import TokenLogprobs
+from abyssal.kernels.log_normaliser import log_normaliser
 
 BLOCK_ELEMENTS = 1 << 15
 """Logits that are worked on at once, 256 KiB in FP64: larger steps wait for memory."""
@@ -25,13 +26,6 @@ def row_blocks(num_rows: int, vocab_size: int) -> Iterator[slice]:
     rows = max(1, BLOCK_ELEMENTS // vocab_size)
     for start in range(0, num_rows, rows):
         yield slice(start, min(num_rows, start + rows))
-
-
-def log_normaliser(logits_TV: np.ndarray) -> np.ndarray:
-    """log of the sum of exponentials of each row: FP64 (T,)."""
-    maxima_T = logits_TV.max(axis=-1)
-    shifted_TV = logits_TV.astype(np.float64) - maxima_T[:, None]
-    return maxima_T + np.log(np.exp(shifted_TV, out=shifted_TV).sum(axis=-1))
 
 
 def token_logprobs(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import ClassVar, Protocol
 
 import torch
@@ -103,3 +103,59 @@ class PackedBatch:
             rows = slice(start, start + count * length)
             yield AttentionGroup(rows, count, entries_TX[rows], 0, self.absorbed)
             start = rows.stop
+
+
+class ReplayBatch:
+    """Prompts and outputs as a server computed them: a trainer's context that repeats the path of every token.
+
+    A server computes prompts expanded and output tokens absorbed, one by one, each over the entries before it; the two
+    forms differ in the last bits.  Here the outputs of a prompt do the same all at once: expanded prompts, absorbed
+    outputs, in exact repetition without gradients on CPU (row-invariant operators).
+
+    The flat batch is all prompts in order, then all outputs in order.
+
+    Args:
+        prompt_lengths: tokens of each prompt.
+        output_lengths: computed tokens of each output: all but the last, which was sampled and not computed; may be 0.
+        prompts: the prompt of each output, so that several outputs share one; by default output i follows prompt i.
+
+    Raises:
+        ValueError: lengths or prompts that do not fit.
+    """
+
+    def __init__(
+        self,
+        prompt_lengths: Sequence[int],
+        output_lengths: Sequence[int],
+        prompts: Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        prompts = range(len(prompt_lengths)) if prompts is None else prompts
+        if len(prompts) != len(output_lengths) or not set(prompts) <= set(range(len(prompt_lengths))):
+            raise ValueError(
+                f"prompts: {list(prompts)[:8]} must name one of the {len(prompt_lengths)} prompts for each of the "
+                f"{len(output_lengths)} outputs"
+            )
+        if min(output_lengths, default=0) < 0:
+            raise ValueError(f"output_lengths: {list(output_lengths)[:8]} must be 0 or more")
+        self._prompts = PackedBatch(prompt_lengths, device=device)
+        starts = list(accumulate(prompt_lengths, initial=0))
+        begins = accumulate(output_lengths, initial=starts[-1])
+        positions = [self._prompts.positions_T]
+        self._outputs: list[tuple[slice, slice]] = []
+        """Rows of each output's prompt, and its own."""
+        for prompt, length, begin in zip(prompts, output_lengths, begins, strict=False):
+            past = prompt_lengths[prompt]
+            self._outputs.append((slice(starts[prompt], starts[prompt] + past), slice(begin, begin + length)))
+            positions.append(torch.arange(past, past + length, device=device))
+        self.positions_T = torch.cat(positions)
+
+    def write(self, layer: int, entries_TX: Tensor) -> Tensor:
+        return entries_TX
+
+    def groups(self, layer: int, entries_TX: Tensor) -> Iterator[AttentionGroup]:
+        yield from self._prompts.groups(layer, entries_TX)
+        for prompt, rows in self._outputs:
+            if rows.stop > rows.start:
+                seen = torch.cat([entries_TX[prompt], entries_TX[rows]])
+                yield AttentionGroup(rows, 1, seen, prompt.stop - prompt.start, absorbed=True)

@@ -105,7 +105,6 @@ class Router(nn.Module):
         if not forced and not torch.is_grad_enabled() and (routing := self._native(logits_TE)) is not None:
             step.routings[layer] = routing
             return routing
-        scores_TE = scores(logits_TE, self.moe)
         if step.forced_routing is not None and layer in step.forced_routing:
             expert_ids_TK = step.forced_routing[layer]
             if expert_ids_TK.shape != (len(u_TD), self.moe.top_k):
@@ -113,7 +112,12 @@ class Router(nn.Module):
                     f"forced_routing: shape {tuple(expert_ids_TK.shape)} in layer {layer} does not fit {len(u_TD)} "
                     f"tokens and top_k {self.moe.top_k}; give the ids of this very batch"
                 )
+            if not torch.is_grad_enabled() and (routing := self._native(logits_TE)) is not None:
+                step.routings[layer] = routing = self._forced(routing, expert_ids_TK)
+                return routing
+            scores_TE = scores(logits_TE, self.moe)
         else:
+            scores_TE = scores(logits_TE, self.moe)
             expert_ids_TK = choose(scores_TE.detach(), self.bias_E, self.moe)
         weights_TK = gate(scores_TE, expert_ids_TK, self.moe)
         if step.balance is not None and torch.is_grad_enabled():
@@ -123,6 +127,12 @@ class Router(nn.Module):
         routing = Routing(expert_ids_TK, weights_TK, scores_TE)
         step.routings[layer] = routing.detach()
         return routing
+
+    def _forced(self, routing: Routing, expert_ids_TK: Tensor) -> Routing:
+        """Other experts in a native routing; where they are those it chose, its weights stand to the last bit."""
+        same_T1 = (expert_ids_TK == routing.expert_ids_TK).all(1, keepdim=True)
+        weights_TK = gate(routing.scores_TE, expert_ids_TK, self.moe)
+        return Routing(expert_ids_TK, torch.where(same_T1, routing.weights_TK, weights_TK), routing.scores_TE)
 
     def _native(self, logits_TE: Tensor) -> Routing | None:
         """All of it in one native call, where there is one."""
