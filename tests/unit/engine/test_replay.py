@@ -1,4 +1,4 @@
-"""The gap between a rollout's log-probabilities and a trainer's: rounding and routing, and zero where both are replayed.
+"""The gap between a rollout's log-probabilities and a trainer's, which is zero where routing and path are replayed.
 
 The same model object samples and trains.
 """
@@ -25,13 +25,16 @@ LENGTHS = (5, 70, 1, 130)
 PARAMS = SamplingParams(temperature=1.0, seed=11, n=2, max_tokens=40, logprobs=0, return_experts=True, ignore_eos=True)
 
 
-def sampled(
-    model: Transformer, config: EngineConfig, params: SamplingParams = PARAMS
-) -> list[tuple[Rollout, np.ndarray]]:
+Pairs = list[tuple[Rollout, np.ndarray]]
+
+
+def sampled(model: Transformer, config: EngineConfig, params: SamplingParams = PARAMS) -> Pairs:
     """Rollouts with the engine's log-probabilities."""
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, model.spec.vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
-    outputs = LLM(model, config=config).generate(prompts, params)
+    llm = LLM(model, config=config)
+    outputs = llm.generate(prompts, params)
+    assert config.cache_tokens is None or llm.engine.scheduler.num_preemptions > 0
     return [
         (
             Rollout(output.prompt_ids, each.token_ids, each.experts),
@@ -42,7 +45,7 @@ def sampled(
     ]
 
 
-def gap(found: list[torch.Tensor], rollouts: list[tuple[Rollout, np.ndarray]]) -> float:
+def gap(found: list[torch.Tensor], rollouts: Pairs) -> float:
     return max(
         float(np.abs(logprobs.detach().double().numpy() - wanted).max())
         for logprobs, (_, wanted) in zip(found, rollouts, strict=True)
@@ -129,7 +132,7 @@ def test_gradients_are_those_of_whole_sequences() -> None:
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
     gradients = [
-        torch.autograd.grad(sum((i + 1) * each.sum() for i, each in enumerate(logprobs)), parameters, allow_unused=True)
+        torch.autograd.grad(torch.cat(logprobs).square().sum(), parameters, allow_unused=True)
         for logprobs in (found, wanted)
     ]
     for one, other in zip(*gradients, strict=True):
