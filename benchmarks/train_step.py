@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from support.limits import matmul_peak
 from support.peer import write_model
-from support.record import announce, header, save, seconds
+from support.record import announce, header, save
 from support.worker import ALLOCATOR_SET, Worker
 
 from abyssal.spec.presets import preset
@@ -76,15 +77,6 @@ def contestants(torchtitan_python: str | None, allocators: str) -> list[Contesta
             if python is not None:
                 chosen += [Contestant(name, f"train_{name}", form, python, allocator_set) for form in forms]
     return chosen
-
-
-def matmul_peak(dtype: torch.dtype) -> float:
-    """GFLOP/s of the best of several shapes, large and of the model's size."""
-    best = 0.0
-    for m, k, n in ((2048, 512, 512), (2048, 512, 1408), (2048, 2048, 2048)):
-        a, b = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
-        best = max(best, 2 * m * k * n / min(seconds(lambda a=a, b=b: a @ b) for _ in range(10)) / 1e9)
-    return best
 
 
 def first_steps(workers: dict[str, Worker]) -> dict[str, dict[str, Any]]:
