@@ -70,7 +70,8 @@ def traces_folder(named: Path | None) -> Path | None:
 def setting_of(chosen: argparse.Namespace, scratch: Path) -> Setting:
     traces = traces_folder(chosen.traces)
     if chosen.smoke:
-        return Setting(("tiny",), ("fp32",), 1, 8, scratch, scratch / "trained", traces, batches=(1, 2), smoke=True)
+        model = chosen.model if chosen.model.exists() else scratch / "trained"
+        return Setting(("tiny",), ("fp32",), 1, 8, scratch, model, traces, batches=(1, 2), smoke=True)
     presets, dtypes = tuple(chosen.presets), tuple(chosen.dtypes)
     return Setting(presets, dtypes, chosen.repeats, chosen.requests, scratch, chosen.model, traces)
 

@@ -1,4 +1,4 @@
-"""Speculation by the MTP module of a really trained model: tokens a second with 0 to 3 drafts, and as it chooses.
+"""Speculation by the MTP module of a really trained model: tokens a second with 0 to 3 drafts.
 
 Prompts are beginnings of held-out documents, so that drafts are accepted as often as on text of its kind.
 """
@@ -19,7 +19,7 @@ from abyssal.engine.messages import Request, SamplingParams
 from .setting import DTYPES, Case, Part, Setting
 from .trained import trained_model
 
-DRAFTS = (0, 1, 2, 3, "auto")
+DRAFTS = (0, 1, 2, 3)
 PROMPT, NEW = 128, 128
 BATCHES = (1, 8)
 TEMPERATURES = (0.0, 0.7)
