@@ -10,7 +10,7 @@ All prompts of a call go through the engine together; the order of the outputs i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,28 +71,57 @@ class LLM:
             ValueError: as many parameters as there are prompts were not given, text without a tokenizer, or the engine
                 sleeps.
         """
+        outputs = dict(self.as_finished(prompts, params))
+        return [outputs[number] for number in range(len(outputs))]
+
+    def as_finished(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Generator[tuple[int, RequestOutput], None, None]:
+        """:meth:`generate` with each output as soon as it is whole, beside its prompt's number.  Closing
+        it cancels the others.
+
+        Raises:
+            ValueError: as there.
+        """
         self._check_awake()
         several = _several(prompts)
         each = [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(several):
             raise ValueError(f"params: {len(each)} for {len(several)} prompts; give one for all, or one each")
-        finished: dict[int, RequestOutput] = {}
-        numbers: list[int] = []
-        for prompt, parameters in zip(several, each, strict=True):
-            request = Request(next(self._numbers), self._ids(prompt), parameters)
-            numbers.append(request.request_id)
+        requests = [
+            Request(next(self._numbers), self._ids(prompt), parameters)
+            for prompt, parameters in zip(several, each, strict=True)
+        ]
+        return self._finished(requests, several)
+
+    def _finished(
+        self, requests: Sequence[Request], prompts: Sequence[Prompt]
+    ) -> Generator[tuple[int, RequestOutput], None, None]:
+        running: dict[int, int] = {}
+        refused: list[RequestOutput] = []
+        for number, request in enumerate(requests):
+            running[request.request_id] = number
             try:
                 self.engine.add(request)
             except ValueError as error:
-                finished[request.request_id] = RequestOutput(
-                    request.request_id, request.prompt_ids, (), error=str(error)
-                )
-        while len(finished) < len(numbers):
-            finished.update((output.request_id, output) for output in self.engine.step() if output.finished)
-        return [self._with_prompt(finished[number], prompt) for number, prompt in zip(numbers, several, strict=True)]
+                refused.append(RequestOutput(request.request_id, request.prompt_ids, (), error=str(error)))
+        try:
+            outputs = refused
+            while True:
+                for output in outputs:
+                    if output.finished and output.request_id in running:
+                        number = running.pop(output.request_id)
+                        yield number, self._with_prompt(output, prompts[number])
+                if not running:
+                    return
+                outputs = self.engine.step()
+        except GeneratorExit:
+            self._abandon(running)
+            raise
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """The output of one prompt as it grows, a step at a time; the last is finished.
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[RequestOutput, None, None]:
+        """The output of one prompt as it grows, a step at a time; the last is finished.  Closing it cancels
+        the request.
 
         Raises:
             ValueError: the prompt cannot run, or the engine sleeps.
@@ -108,10 +137,16 @@ class LLM:
                         yield output
                         if output.finished:
                             return
-        finally:
-            self.engine.cancel(request.request_id)
-            while self.engine.unfinished:
-                self.engine.step()
+        except GeneratorExit:
+            self._abandon([request.request_id])
+            raise
+
+    def _abandon(self, request_ids: Iterable[int]) -> None:
+        """The reader wants no more.  (After an exception out of a step there is nothing to put in order.)"""
+        for request_id in request_ids:
+            self.engine.cancel(request_id)
+        while self.engine.unfinished:
+            self.engine.step()
 
     def score(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[TokenLogprobs | None, ...]]:
         """Log-probabilities of each prompt's own tokens; None for the first, which nothing precedes.
