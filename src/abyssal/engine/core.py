@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -19,6 +19,7 @@ from abyssal.cache.prefix import PrefixCache
 from abyssal.engine.limits import SchedulerConfig
 from abyssal.engine.live import LiveSequence
 from abyssal.engine.messages import Progress, Request, RequestOutput
+from abyssal.engine.outputs import output_of
 from abyssal.engine.random import fresh_seed
 from abyssal.engine.runner import ModelRunner, cache_dtype
 from abyssal.engine.scheduler import Scheduler
@@ -162,7 +163,8 @@ class Engine:
         return self.scheduler.unfinished
 
     def step(self) -> list[RequestOutput]:
-        """One step; the outputs of the requests that it changed, those that ended among them.
+        """One step; the outputs of the requests that it changed, those that ended among them.  The others' are to be
+        looked at before the next step (:class:`~abyssal.engine.outputs.GrowingOutput`).
 
         Asleep, nothing is computed; requests that were cancelled, or whose deadline passed, still end.
         """
@@ -229,8 +231,12 @@ class Engine:
         self._runner.forget_all()
 
     def _outputs(self, progress: Iterable[Progress]) -> list[RequestOutput]:
-        changed = dict.fromkeys(self._apply(each) for each in progress)
-        return [self._output(request_id) for request_id in changed]
+        outputs: list[RequestOutput] = []
+        for request_id in dict.fromkeys([self._apply(each) for each in progress]):
+            outputs.append(output_of(self._requests[request_id]))
+            if outputs[-1].finished:
+                del self._requests[request_id]
+        return outputs
 
     def _apply(self, progress: Progress) -> int:
         live = self._requests[progress.request_id][progress.index]
@@ -240,26 +246,3 @@ class Engine:
             self._live.pop(progress.sequence, None)
             self._runner.forget(progress.sequence)
         return progress.request_id
-
-    def _output(self, request_id: int) -> RequestOutput:
-        completions = self._requests[request_id]
-        first = completions[0]
-        params = first.request.params
-        finished = all(live.finish_reason is not None for live in completions)
-        ranked = completions
-        if finished and params.best_of is not None:
-            ranked = sorted(completions, key=_mean_logprob, reverse=True)[: params.n]
-        outputs = [replace(live.output(), index=index) for index, live in enumerate(ranked)]
-        if finished:
-            del self._requests[request_id]
-        return RequestOutput(
-            request_id,
-            first.request.prompt_ids,
-            tuple(outputs),
-            prompt_logprobs=tuple(first.prompt_logprobs) if params.prompt_logprobs is not None else None,
-            error=next((live.error for live in completions if live.finish_reason == "error"), None),
-        )
-
-
-def _mean_logprob(live: LiveSequence) -> float:
-    return live.total_logprob / max(1, len(live.tokens) - live.num_prompt)

@@ -53,6 +53,7 @@ class LiveSequence:
         params = request.params
         self.request = request
         self.index = index
+        self.num_prompt = len(request.prompt_ids)
         self.tokens = [*request.prompt_ids, *request.output_ids]
         self.drafts: tuple[int, ...] = ()
         """Drafted tokens that the next step verifies."""
@@ -69,13 +70,9 @@ class LiveSequence:
         self.finish_reason: FinishReason | None = None
         self.error = ""
         self._seed = fork_seed(seed, index)
-        self._ends = () if params.ignore_eos else tuple(ends)
+        self._ends = (*(() if params.ignore_eos else ends), *params.stop_token_ids)
         self._structure = structure
         self._history = TokenHistory(request.prompt_ids, request.output_ids) if has_penalty(params) else None
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_ids)
 
     def drafted(self, num_drafts: int) -> Drafted:
         """What the rows of logits at its end are sampled by, the first ``num_drafts`` drafts to be verified.
@@ -91,7 +88,7 @@ class LiveSequence:
             position=len(self.tokens),
             num_outputs=len(self.tokens) - self.num_prompt,
             history=self._history,
-            ends=(*self._ends, *self.request.params.stop_token_ids),
+            ends=self._ends,
             allowed=None if masks is None else masks[0],
         )
         return Drafted(row, drafts, allowed=masks)
@@ -113,12 +110,9 @@ class LiveSequence:
         Args:
             logits_TV: FP32, the rows that they were sampled from.
         """
-        kept: list[int] = []
-        for token in tokens:
-            kept.append(token)
-            self.text.push([token])
-            if self.text.stop_reason is not None:
-                break
+        before = self.text.num_tokens
+        self.text.push(tokens)
+        kept = tokens[: self.text.num_tokens - before]
         self.tokens += kept
         if self._history is not None:
             self._history.append(kept)

@@ -19,6 +19,7 @@ import torch
 from abyssal.checkpoint.hf import load_model
 from abyssal.engine.core import Engine, EngineConfig
 from abyssal.engine.messages import Request, RequestOutput, SamplingParams, TokenLogprobs
+from abyssal.engine.outputs import GrowingOutput
 from abyssal.model.transformer import Transformer
 from abyssal.text.tokenizer import Tokenizer
 
@@ -134,7 +135,7 @@ class LLM:
                 self._check_awake()
                 for output in self.engine.step():
                     if output.request_id == request.request_id:
-                        yield output
+                        yield output.snapshot() if isinstance(output, GrowingOutput) else output
                         if output.finished:
                             return
         except GeneratorExit:

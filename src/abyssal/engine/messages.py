@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error", "prefilled"]
@@ -108,6 +109,12 @@ class SamplingParams:
     def whole_prompt(self) -> bool:
         """Whether each prompt token has to pass through the model, because something is returned about it."""
         return self.prompt_logprobs is not None or self.return_experts
+
+    @cached_property
+    def changes_logits(self) -> bool:
+        """Whether a penalty or a bias changes the logits."""
+        penalties = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return penalties or bool(self.logit_bias)
 
     def _check_ranges(self) -> None:
         _between("temperature", self.temperature, 0.0, 100.0, "0 is greedy")

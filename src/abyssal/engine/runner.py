@@ -22,7 +22,10 @@ from abyssal.engine.messages import Chunk, Sampled, StepPlan
 from abyssal.engine.sampler import as_rows
 from abyssal.engine.speculate import Advance, Drafter
 from abyssal.engine.verify import Drafted, verify
+from abyssal.model.dispatch import LocalDispatcher
+from abyssal.model.router import Routing
 from abyssal.model.transformer import ACTIVATION_DTYPES, Transformer
+from abyssal.spec.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,9 @@ class ModelRunner:
         self._cache = cache
         self._live = live
         self._drafter = Drafter(model, cache, num_drafts) if num_drafts else None
+        self._mixtures = [block for block in model.blocks() if block.placement is not None]
+        self._placements: list[Placement | None] = []
+        self._dispatcher = model.local_dispatcher()
         self.weights_version = 0
         """Of the model's weights, as the engine's owner counts them."""
         self.drafted = 0
@@ -78,12 +84,22 @@ class ModelRunner:
         tokens = [token for chunk in plan.chunks for token in self._tokens(chunk)]
         tokens_T = torch.tensor(tokens, dtype=torch.long, device=self._cache.device)
         parts = [PagedTokens(c.start, c.num_tokens, c.pages, c.path == "decode") for c in plan.chunks]
-        step = self._model.step(PagedBatch(self._cache, parts), self._model.local_dispatcher())
+        step = self._model.step(PagedBatch(self._cache, parts), self._local_dispatcher())
         hidden_TD = self._model.hidden(tokens_T, step)
-        experts_TLK = self._experts(plan, {layer: each.expert_ids_TK for layer, each in step.routings.items()})
+        experts_TLK = self._experts(plan, step.routings)
         wanted, rows = _wanted_rows(plan)
-        logits_TV = self._model.logits(hidden_TD[torch.tensor(wanted, dtype=torch.long, device=hidden_TD.device)])
-        return Launched(plan, as_rows(logits_TV), rows, None if self._drafter is None else hidden_TD, experts_TLK)
+        wanted_RD = hidden_TD
+        if len(wanted) < len(tokens):
+            wanted_RD = hidden_TD[torch.tensor(wanted, dtype=torch.long, device=hidden_TD.device)]
+        logits_TV = as_rows(self._model.logits(wanted_RD))
+        return Launched(plan, logits_TV, rows, None if self._drafter is None else hidden_TD, experts_TLK)
+
+    def _local_dispatcher(self) -> LocalDispatcher:
+        """Of the present placements; one is kept as long as they stay."""
+        placements = [block.placement for block in self._mixtures]
+        if placements != self._placements:
+            self._dispatcher, self._placements = self._model.local_dispatcher(), placements
+        return self._dispatcher
 
     def collect(self, launched: Launched) -> dict[int, Sampled]:
         """What the step sampled, by sequence; its live sequences have taken it in."""
@@ -149,7 +165,8 @@ class ModelRunner:
                 results[number] = Sampled((), error=str(error))
         if not able:
             return results
-        together_TV = logits_TV[np.concatenate([np.arange(rows.start, rows.stop) for _, rows in able])]
+        wanted = [row for _, rows in able for row in range(rows.start, rows.stop)]
+        together_TV = logits_TV if wanted == list(range(len(logits_TV))) else logits_TV[wanted]
         for (number, rows), verified in zip(able, verify(together_TV, drafted), strict=True):
             results[number] = self._take(number, logits_TV[rows], verified.tokens, verified.error)
         return results
@@ -169,11 +186,11 @@ class ModelRunner:
     def _tokens(self, chunk: Chunk) -> list[int]:
         return [*chunk.tokens, *self._live[chunk.sequence].drafts[: chunk.num_drafts]]
 
-    def _experts(self, plan: StepPlan, experts: Mapping[int, Tensor]) -> np.ndarray | None:
+    def _experts(self, plan: StepPlan, routings: Mapping[int, Routing]) -> np.ndarray | None:
         asked = any(self._live[chunk.sequence].request.params.return_experts for chunk in plan.chunks)
-        if not asked or not experts:
+        if not asked or not routings:
             return None
-        return torch.stack([experts[layer] for layer in sorted(experts)], 1).cpu().numpy()
+        return torch.stack([routings[layer].expert_ids_TK for layer in sorted(routings)], 1).cpu().numpy()
 
     def _note_experts(self, plan: StepPlan, experts_TLK: np.ndarray, results: Mapping[int, Sampled]) -> None:
         """Of the tokens that stand: what replaces a rejected draft is routed by itself."""
