@@ -16,6 +16,7 @@ from torch import Tensor
 from abyssal.cache.paged import PagedCache, PageDtype
 from abyssal.cache.pages import PAGE, PagePool
 from abyssal.cache.prefix import PrefixCache
+from abyssal.engine.gain import DraftGain, DraftStatistics
 from abyssal.engine.limits import SchedulerConfig
 from abyssal.engine.live import LiveSequence
 from abyssal.engine.messages import Progress, Request, RequestOutput
@@ -44,8 +45,9 @@ class EngineConfig:
     """Keep pages of ended requests for requests that begin alike."""
     deterministic: bool = False
     """Every token by the path of an undisturbed run; only pages of prompts are shared."""
-    num_drafts: int = 0
-    """Tokens that the model's MTP modules draft for each sequence and step, to be verified in one pass; 0: none."""
+    num_drafts: int | Literal["auto"] = 0
+    """Tokens that the model's MTP modules draft for each sequence and step, to be verified in one pass; 0: none.
+    ``auto``: as many as there are modules, as long as they make tokens come faster, which is measured."""
     preemption: Literal["recompute"] = "recompute"
     """What becomes of the pages of a preempted sequence."""
     page_dtype: PageDtype = "model"
@@ -84,12 +86,10 @@ class Engine:
         num_pages = self._num_pages(model, config)
         self._live: dict[int, LiveSequence] = {}
         self._requests: dict[int, list[LiveSequence]] = {}
-        if config.num_drafts and not len(model.mtp):
-            raise ValueError(
-                f"num_drafts: {config.num_drafts} tokens cannot be drafted by a model without MTP modules; set it to 0"
-            )
+        num_drafts = self._num_drafts(model, config)
+        self._gain = DraftGain(num_drafts, clock) if config.num_drafts == "auto" and num_drafts else None
         cache = PagedCache(spec, num_pages, cache_dtype(model), page_dtype=config.page_dtype)
-        self._runner = ModelRunner(model, cache, self._live, config.num_drafts)
+        self._runner = ModelRunner(model, cache, self._live, num_drafts)
         pool = PagePool(num_pages)
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -98,8 +98,8 @@ class Engine:
                 max_sequences=config.max_sequences,
                 end_token_ids=self._ends,
                 vocab_size=spec.vocab_size,
-                num_drafts=config.num_drafts,
-                draft_layers=config.num_drafts > 0,
+                num_drafts=num_drafts,
+                draft_layers=num_drafts > 0,
                 deterministic=config.deterministic,
                 preemption=config.preemption,
             ),
@@ -107,6 +107,18 @@ class Engine:
             PrefixCache(pool) if config.prefix_cache else None,
             clock,
         )
+
+    @staticmethod
+    def _num_drafts(model: Transformer, config: EngineConfig) -> int:
+        if config.num_drafts == "auto":
+            return len(model.mtp)
+        if not isinstance(config.num_drafts, int):
+            raise ValueError(f"num_drafts: {config.num_drafts!r} must be a number of tokens, 0 for none, or 'auto'")
+        if config.num_drafts and not len(model.mtp):
+            raise ValueError(
+                f"num_drafts: {config.num_drafts} tokens cannot be drafted by a model without MTP modules; set it to 0"
+            )
+        return config.num_drafts
 
     @staticmethod
     def _num_pages(model: Transformer, config: EngineConfig) -> int:
@@ -153,9 +165,21 @@ class Engine:
         self.scheduler.cancel(request_id)
 
     @property
+    def draft_statistics(self) -> DraftStatistics:
+        """Drafts verified and accepted so far, by position."""
+        return self._runner.draft_statistics
+
+    @property
     def draft_acceptance(self) -> float | None:
         """Share of drafts that were accepted so far; None before any."""
-        return self._runner.accepted / self._runner.drafted if self._runner.drafted else None
+        found = self.draft_statistics
+        return sum(found.accepted) / sum(found.drafted) if any(found.drafted) else None
+
+    @property
+    def draft_gains(self) -> dict[int, float]:
+        """With ``num_drafts="auto"``, by number of sequences: how many times as fast tokens come with drafts, where it
+        was measured (:meth:`~abyssal.engine.gain.DraftGain.gains`)."""
+        return {} if self._gain is None else self._gain.gains()
 
     @property
     def unfinished(self) -> bool:
@@ -170,8 +194,11 @@ class Engine:
         """
         if self._asleep:
             return self._outputs(self.scheduler.expire())
-        plan = self.scheduler.plan()
+        most_drafts = None if self._gain is None else self._gain.begin(self.scheduler.num_writing)
+        plan = self.scheduler.plan(most_drafts)
         results = self._runner.collect(self._runner.launch(plan))
+        if self._gain is not None:
+            self._gain.end(plan, results)
         return self._outputs(self.scheduler.update(plan, results))
 
     @property

@@ -49,7 +49,8 @@ class LLM:
             self.model = path
         else:
             tokenizer = Tokenizer.from_folder(path) if tokenizer is None else tokenizer
-            self.model = load_model(path, dtype=dtype, mtp=bool(config and config.num_drafts))
+            num_drafts = 0 if config is None else config.num_drafts
+            self.model = load_model(path, dtype=dtype, mtp=None if num_drafts == "auto" else bool(num_drafts))
         if tokenizer is not None:
             tokenizer.check_fits(self.model.spec)
         self.tokenizer = tokenizer

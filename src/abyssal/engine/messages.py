@@ -259,6 +259,8 @@ class StepPlan:
     """Pages to be copied out; others may own them from here on."""
     imports: tuple[Transfer, ...] = ()
     """Pages to be filled.  None of this step's chunks needs them; ``Scheduler.imported`` says when they are there."""
+    wanted_drafts: int = 0
+    """Drafts to be made after the step for each sequence that goes on; its next step may verify them."""
 
     @property
     def num_tokens(self) -> int:
@@ -274,7 +276,9 @@ class StepPlan:
             halves[half].append(index)
             weights[half] += self.chunks[index].num_tokens
         first, second = (tuple(self.chunks[index] for index in sorted(half)) for half in halves)
-        return StepPlan(first, self.copies, self.exports, self.imports), StepPlan(second)
+        wanted = self.wanted_drafts
+        before = StepPlan(first, self.copies, self.exports, self.imports, wanted)
+        return before, StepPlan(second, wanted_drafts=wanted)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from abyssal.cache.paged import PagedBatch, PagedCache, PagedTokens
+from abyssal.engine.gain import DraftStatistics
 from abyssal.engine.live import LiveSequence
 from abyssal.engine.messages import Chunk, Sampled, StepPlan
 from abyssal.engine.sampler import as_rows
@@ -55,7 +56,7 @@ class ModelRunner:
         model: held by reference; whoever changes its weights voids the cache.
         cache: pages that the plans name.
         live: the running sequences by number, as the engine keeps them.
-        num_drafts: tokens that the MTP modules draft for each sequence and step; 0: none.
+        num_drafts: tokens that the MTP modules draft for each sequence and step, at most; 0: the modules never run.
     """
 
     def __init__(
@@ -70,10 +71,7 @@ class ModelRunner:
         self._dispatcher = model.local_dispatcher()
         self.weights_version = 0
         """Of the model's weights, as the engine's owner counts them."""
-        self.drafted = 0
-        """Drafts verified so far."""
-        self.accepted = 0
-        """Of those, accepted."""
+        self._drafted, self._accepted = [0] * num_drafts, [0] * num_drafts  # by position
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -119,6 +117,7 @@ class ModelRunner:
         """Let the MTP modules follow, and say how many drafts each sequence has now."""
         assert self._drafter is not None and launched.hidden_TD is not None
         steps: list[Advance] = []
+        wanted = launched.plan.wanted_drafts
         begin = 0
         for chunk in launched.plan.chunks:
             rows_TD = launched.hidden_TD[begin : begin + chunk.num_tokens]
@@ -127,12 +126,15 @@ class ModelRunner:
             if sampled is None:
                 steps.append(Advance(live, chunk, rows_TD, False))
             elif not sampled.error:
-                self.drafted += chunk.num_drafts
-                self.accepted += len(sampled.tokens) - 1
                 steps.append(
-                    Advance(live, chunk, rows_TD[: _standing(chunk, sampled)], not (sampled.stopped or chunk.forks))
+                    Advance(
+                        live,
+                        chunk,
+                        rows_TD[: _standing(chunk, sampled)],
+                        wanted > 0 and not (sampled.stopped or chunk.forks),
+                    )
                 )
-        self._drafter.advance(steps)
+        self._drafter.advance(steps, wanted)
         return {number: replace(each, num_drafts=len(self._live[number].drafts)) for number, each in results.items()}
 
     def forget(self, sequence: int) -> None:
@@ -168,8 +170,19 @@ class ModelRunner:
         wanted = [row for _, rows in able for row in range(rows.start, rows.stop)]
         together_TV = logits_TV if wanted == list(range(len(logits_TV))) else logits_TV[wanted]
         for (number, rows), verified in zip(able, verify(together_TV, drafted), strict=True):
+            self._count_drafts(rows.stop - rows.start - 1, verified.num_accepted)
             results[number] = self._take(number, logits_TV[rows], verified.tokens, verified.error)
         return results
+
+    def _count_drafts(self, num_drafts: int, num_accepted: int) -> None:
+        for position in range(num_drafts):
+            self._drafted[position] += 1
+            self._accepted[position] += position < num_accepted
+
+    @property
+    def draft_statistics(self) -> DraftStatistics:
+        """Since the beginning."""
+        return DraftStatistics(tuple(self._drafted), tuple(self._accepted))
 
     def _take(self, number: int, logits_TV: np.ndarray, tokens: tuple[int, ...], error: str | None) -> Sampled:
         if error is not None:
