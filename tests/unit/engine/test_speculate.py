@@ -153,5 +153,5 @@ def test_modules_are_loaded_where_drafts_are_wanted(trained_model, tmp_path) -> 
         (trained_model.folder, "auto", 1),
         (without, "auto", 0),
     ):
-        llm = LLM(folder, tokenizer=trained_model.tokenizer, config=EngineConfig(num_drafts=num_drafts))
+        llm = LLM(folder, tokenizer=trained_model.tokenizer, config=EngineConfig(num_drafts=num_drafts))  # type: ignore[arg-type]
         assert len(llm.model.mtp) == modules
