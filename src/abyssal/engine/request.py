@@ -83,10 +83,10 @@ class Sequence:
     """In a step whose results are not known."""
     ending: tuple[FinishReason, str] | None = None
     """Why it ends as soon as its step is back."""
-    num_prompt: int = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.num_prompt = len(self.request.prompt_ids)
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_ids)
 
     @property
     def num_output(self) -> int:
@@ -100,8 +100,7 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """Whether its next step computes the newest output token alone."""
-        known = len(self.tokens)
-        return self.status is Status.RUNNING and known - self.computed == 1 and known > self.num_prompt
+        return self.status is Status.RUNNING and self.remaining == 1 and self.num_output > 0
 
     @property
     def num_slots(self) -> int:
