@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from abyssal.cli import convert, generate, prepare, report, sft, train
+from abyssal.cli import chat, convert, generate, prepare, report, sft, train
 from abyssal.cli.arguments import parse
 from tests.support.readme import commands
 from tests.support.trained_model import TrainedModel
@@ -21,7 +21,8 @@ OPTIONS: dict[str, type[Any]] = {
     "prepare": prepare.Options,
     "train": train.Options,
     "sft": sft.Options,
-    "generate": generate.GenerateConfig,
+    "generate": generate.Options,
+    "chat": chat.Options,
     "convert": convert.Options,
     "report": report.Options,
 }

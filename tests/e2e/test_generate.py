@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abyssal.cli.main import main
-from abyssal.engine.generate import generate
+from abyssal.engine.llm import LLM
+from abyssal.engine.messages import SamplingParams
 from tests.support.trained_model import TrainedModel
 
 PROMPT = "def read(self):\n    "
@@ -34,9 +35,10 @@ def written(capsys: pytest.CaptureFixture[str], folder: Path, *options: str) -> 
 def test_greedy_text_is_that_of_the_model_in_memory(
     trained_model: TrainedModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer = trained_model.tokenizer
-    ids = list(generate(trained_model.model, tokenizer.encode(PROMPT, add_bos=True), 24))
-    assert written(capsys, trained_model.folder) == PROMPT + tokenizer.decode(ids, skip_control=True) + "\n"
+    llm = LLM(trained_model.model, tokenizer=trained_model.tokenizer)
+    text = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=24))[0].text
+    assert written(capsys, trained_model.folder) == PROMPT + text + "\n"
+    assert written(capsys, trained_model.folder, "--num-drafts", "1", "--deterministic") == PROMPT + text + "\n"
 
 
 def test_sampling_follows_its_seed(trained_model: TrainedModel, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,7 +53,8 @@ def test_transformers_writes_the_same(trained_model: TrainedModel) -> None:
     ids = trained_model.tokenizer.encode(PROMPT, add_bos=True)
     assert tokenizer(PROMPT, add_special_tokens=False)["input_ids"] == ids[1:]
     expected = theirs.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=0)
-    assert list(generate(trained_model.model, ids, 24)) == expected[0, len(ids) :].tolist()
+    output = LLM(trained_model.model).generate([ids], SamplingParams(temperature=0, max_tokens=24))[0]
+    assert list(output.token_ids) == expected[0, len(ids) :].tolist()
 
 
 def test_converted_to_fp8_it_still_writes(
@@ -73,7 +76,7 @@ def test_without_a_tokenizer_one_line_says_so(
 
 
 def test_a_prompt_past_the_model_is_refused(trained_model: TrainedModel, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("generate", str(trained_model.folder), "--prompt", PROMPT, "--max-tokens", "1000000")
+    arguments = ("generate", str(trained_model.folder), "--prompt", PROMPT * 200)
     status, text, error = run(capsys, *arguments)
     assert (status, text) == (2, "")
     assert error.count("\n") == 1 and "max_positions" in error

@@ -7,7 +7,7 @@ place, computed by the wrong path) shows up as a wrong hash, at once and in the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from abyssal.cache.pages import PAGE, PagePool
@@ -54,6 +54,7 @@ class SimulatedEngine:
 
     Args:
         slow_imports: imports arrive only when :meth:`deliver` is called.
+        most_drafts: asked before each plan; None leaves it to the configuration.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class SimulatedEngine:
         prefix: bool = True,
         disk: DiskOfHashes | None = None,
         slow_imports: bool = False,
+        most_drafts: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.now = 0.0
         self.config = config
@@ -81,6 +83,7 @@ class SimulatedEngine:
         self.steps = 0
         self.num_computed = 0
         self.slow_imports = slow_imports
+        self.most_drafts = most_drafts
         self._on_the_way: list[Transfer] = []
         self._next: dict[int, int] = {}
         self._seen: dict[int, list[Slot | None]] = {}
@@ -98,13 +101,16 @@ class SimulatedEngine:
 
     def step(self) -> StepPlan:
         resident = {number for number, s in self.scheduler.sequences.items() if s.pages}
-        plan = self.scheduler.plan()
+        most_drafts = self.most_drafts()
+        plan = self.scheduler.plan(most_drafts)
+        wanted = self.config.num_drafts if most_drafts is None else min(most_drafts, self.config.num_drafts)
+        assert plan.wanted_drafts == wanted and all(chunk.num_drafts <= wanted for chunk in plan.chunks)
         self.check()
         self._check_plan(plan, resident)
         self._move(plan)
         results: dict[int, Sampled] = {}
         for chunk in plan.chunks:
-            self._compute(chunk, results)
+            self._compute(chunk, results, plan.wanted_drafts)
         if not self.slow_imports:
             self.deliver()
         for progress in self.scheduler.update(plan, results):
@@ -191,7 +197,7 @@ class SimulatedEngine:
             assert slot is not None and slot == entry(before, token, slot[0]), f"position {position} holds another text"
             before = slot
 
-    def _compute(self, chunk: Chunk, results: dict[int, Sampled]) -> None:
+    def _compute(self, chunk: Chunk, results: dict[int, Sampled], wanted: int) -> None:
         sequence = self.scheduler.sequences[chunk.sequence]
         known, path = sequence.tokens, chunk.path
         assert list(chunk.tokens) == known[chunk.start : chunk.start + len(chunk.tokens)]
@@ -216,11 +222,11 @@ class SimulatedEngine:
         self.num_computed += chunk.num_tokens
         num_valid = len(chunk.tokens)
         if chunk.samples:
-            accepted = self._verify(chunk.sequence, written[len(chunk.tokens) - 1 :], drafts)
+            accepted = self._verify(chunk.sequence, written[len(chunk.tokens) - 1 :], drafts, wanted)
             results[chunk.sequence] = accepted
             num_valid += len(accepted.tokens) - 1
             for fork in chunk.forks:
-                results[fork] = self._verify(fork, written[-1:], [])
+                results[fork] = self._verify(fork, written[-1:], [], wanted)
         self._next[chunk.sequence] = chunk.start + num_valid
         self._seen[chunk.sequence] = [*before, *written[:num_valid]]
 
@@ -229,7 +235,7 @@ class SimulatedEngine:
             paths = [slot[0] for slot in slots if slot is not None]
             assert paths == ["prompt"] * min(num_prompt, len(slots)) + ["decode"] * (len(slots) - num_prompt)
 
-    def _verify(self, number: int, slots: Sequence[Slot], drafts: Sequence[int]) -> Sampled:
+    def _verify(self, number: int, slots: Sequence[Slot], drafts: Sequence[int], wanted: int) -> Sampled:
         """Accept drafts as long as they are what would have been sampled, then draft anew, sometimes wrongly."""
         sequence = self.scheduler.sequences[number]
         seed = sequence.request.params.seed or 0
@@ -241,7 +247,7 @@ class SimulatedEngine:
         slot = slots[len(tokens) - 1]
         guesses: list[int] = []
         token = tokens[-1]
-        for guess in range(self.config.num_drafts):
+        for guess in range(wanted):
             slot = entry(slot, token, "decode")
             token = sample(slot, seed, sequence.index, self.config.deterministic) + (hash((slot[1], guess)) % 3 == 0)
             guesses.append(token)

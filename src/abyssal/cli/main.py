@@ -19,6 +19,7 @@ VERBS: dict[str, str] = {
     "sft": "fine-tune a model on conversations",
     "report": "compare runs on one HTML page",
     "generate": "let a model write",
+    "chat": "talk to a model",
     "cache": "what the context cache on disk holds, and forgetting it",
     "quickstart": "train a tiny model on this machine, look at it, let it write",
 }
@@ -85,13 +86,13 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError:  # standard output itself is what has no room
             _discard_output()
-        return _fail(where, _description(error))
+        return _fail(where, description(error))
     except KeyboardInterrupt:
         print(f"{where}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
-def _description(error: Exception) -> str:
+def description(error: Exception) -> str:
     """What the operating system refused, without its number; the message of any other error."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)

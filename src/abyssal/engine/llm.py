@@ -10,7 +10,7 @@ All prompts of a call go through the engine together; the order of the outputs i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +18,8 @@ import torch
 
 from abyssal.checkpoint.hf import load_model
 from abyssal.engine.core import Engine, EngineConfig
-from abyssal.engine.disk import open_disk_cache
 from abyssal.engine.messages import Request, RequestOutput, SamplingParams, TokenLogprobs
-from abyssal.engine.stored import StoredPages
+from abyssal.engine.outputs import GrowingOutput
 from abyssal.model.transformer import Transformer
 from abyssal.text.tokenizer import Tokenizer
 
@@ -34,15 +33,9 @@ class LLM:
         path: a model folder with its tokenizer; or a model, with ``tokenizer``.
         dtype: of weights and activations; the folder's by default.
         tokenizer: of a model that is in memory already; without one, prompts are token ids and outputs have no text.
-        stored: where pages are kept beyond this process; by default a model folder's are kept on disk, as ``config``
-            says, and those of a model in memory, whose weights nobody else knows, nowhere.  It is closed with the rest.
 
     Raises:
-        ValueError, FileNotFoundError: what :func:`~abyssal.checkpoint.hf.load_model` and the tokenizer raise; a folder
-            for the disk cache that cannot be used.
-
-    :meth:`close` it, or use it in a ``with`` statement, to be sure that everything is on disk; the end of the process
-    does so too.
+        ValueError, FileNotFoundError: what :func:`~abyssal.checkpoint.hf.load_model` and the tokenizer raise.
     """
 
     def __init__(
@@ -51,41 +44,18 @@ class LLM:
         dtype: torch.dtype | None = None,
         config: EngineConfig | None = None,
         tokenizer: Tokenizer | None = None,
-        stored: StoredPages | None = None,
     ) -> None:
-        config = config or EngineConfig()
         if isinstance(path, Transformer):
             self.model = path
-            if config.disk_cache_folder is not None and stored is None:
-                raise ValueError(
-                    "disk_cache_folder: the weights of a model in memory cannot be known again; give the folder of the "
-                    "model, or stored="
-                )
         else:
             tokenizer = Tokenizer.from_folder(path) if tokenizer is None else tokenizer
-            self.model = load_model(path, dtype=dtype, mtp=bool(config.num_drafts))
+            num_drafts = 0 if config is None else config.num_drafts
+            self.model = load_model(path, dtype=dtype, mtp=None if num_drafts == "auto" else bool(num_drafts))
         if tokenizer is not None:
             tokenizer.check_fits(self.model.spec)
-            if not isinstance(path, Transformer) and stored is None and config.disk_cache:
-                stored = open_disk_cache(
-                    Path(path), self.model, tokenizer, config.disk_cache_folder, config.disk_cache_bytes
-                )
         self.tokenizer = tokenizer
-        self.stored = stored
-        self.engine = Engine(self.model, tokenizer, config, stored=stored)
+        self.engine = Engine(self.model, tokenizer, config)
         self._numbers = itertools.count()
-
-    def close(self) -> None:
-        """Write what is to be kept on disk, and end the threads.  Further calls work, without the disk."""
-        self.engine.close()
-        if self.stored is not None:
-            self.stored.close()
-
-    def __enter__(self) -> LLM:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
@@ -103,28 +73,57 @@ class LLM:
             ValueError: as many parameters as there are prompts were not given, text without a tokenizer, or the engine
                 sleeps.
         """
+        outputs = dict(self.as_finished(prompts, params))
+        return [outputs[number] for number in range(len(outputs))]
+
+    def as_finished(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Generator[tuple[int, RequestOutput], None, None]:
+        """:meth:`generate` with each output as soon as it is whole, beside its prompt's number.  Closing
+        it cancels the others.
+
+        Raises:
+            ValueError: as there.
+        """
         self._check_awake()
         several = _several(prompts)
         each = [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(several):
             raise ValueError(f"params: {len(each)} for {len(several)} prompts; give one for all, or one each")
-        finished: dict[int, RequestOutput] = {}
-        numbers: list[int] = []
-        for prompt, parameters in zip(several, each, strict=True):
-            request = Request(next(self._numbers), self._ids(prompt), parameters)
-            numbers.append(request.request_id)
+        requests = [
+            Request(next(self._numbers), self._ids(prompt), parameters)
+            for prompt, parameters in zip(several, each, strict=True)
+        ]
+        return self._finished(requests, several)
+
+    def _finished(
+        self, requests: Sequence[Request], prompts: Sequence[Prompt]
+    ) -> Generator[tuple[int, RequestOutput], None, None]:
+        running: dict[int, int] = {}
+        refused: list[RequestOutput] = []
+        for number, request in enumerate(requests):
+            running[request.request_id] = number
             try:
                 self.engine.add(request)
             except ValueError as error:
-                finished[request.request_id] = RequestOutput(
-                    request.request_id, request.prompt_ids, (), error=str(error)
-                )
-        while len(finished) < len(numbers):
-            finished.update((output.request_id, output) for output in self.engine.step() if output.finished)
-        return [self._with_prompt(finished[number], prompt) for number, prompt in zip(numbers, several, strict=True)]
+                refused.append(RequestOutput(request.request_id, request.prompt_ids, (), error=str(error)))
+        try:
+            outputs = refused
+            while True:
+                for output in outputs:
+                    if output.finished and output.request_id in running:
+                        number = running.pop(output.request_id)
+                        yield number, self._with_prompt(output, prompts[number])
+                if not running:
+                    return
+                outputs = self.engine.step()
+        except GeneratorExit:
+            self._abandon(running)
+            raise
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[RequestOutput]:
-        """The output of one prompt as it grows, a step at a time; the last is finished.
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[RequestOutput, None, None]:
+        """The output of one prompt as it grows, a step at a time; the last is finished.  Closing it cancels
+        the request.
 
         Raises:
             ValueError: the prompt cannot run, or the engine sleeps.
@@ -137,13 +136,19 @@ class LLM:
                 self._check_awake()
                 for output in self.engine.step():
                     if output.request_id == request.request_id:
-                        yield output
+                        yield output.snapshot() if isinstance(output, GrowingOutput) else output
                         if output.finished:
                             return
-        finally:
-            self.engine.cancel(request.request_id)
-            while self.engine.unfinished:
-                self.engine.step()
+        except GeneratorExit:
+            self._abandon([request.request_id])
+            raise
+
+    def _abandon(self, request_ids: Iterable[int]) -> None:
+        """The reader wants no more.  (After an exception out of a step there is nothing to put in order.)"""
+        for request_id in request_ids:
+            self.engine.cancel(request_id)
+        while self.engine.unfinished:
+            self.engine.step()
 
     def score(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[TokenLogprobs | None, ...]]:
         """Log-probabilities of each prompt's own tokens; None for the first, which nothing precedes.

@@ -21,9 +21,9 @@ BLOCK_ELEMENTS = 1 << 15
 """Logits that are worked on at once, 256 KiB in FP64: larger steps wait for memory."""
 
 
-def row_blocks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    """Consecutive rows that together hold about ``BLOCK_ELEMENTS`` logits.  A row's result never depends on them."""
-    rows = max(1, BLOCK_ELEMENTS // vocab_size)
+def row_blocks(num_rows: int, vocab_size: int, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
+    """Consecutive rows that together hold about ``elements`` logits.  A row's result never depends on them."""
+    rows = max(1, elements // vocab_size)
     for start in range(0, num_rows, rows):
         yield slice(start, min(num_rows, start + rows))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error", "prefilled"]
@@ -108,6 +109,12 @@ class SamplingParams:
     def whole_prompt(self) -> bool:
         """Whether each prompt token has to pass through the model, because something is returned about it."""
         return self.prompt_logprobs is not None or self.return_experts
+
+    @cached_property
+    def changes_logits(self) -> bool:
+        """Whether a penalty or a bias changes the logits."""
+        penalties = self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return penalties or bool(self.logit_bias)
 
     def _check_ranges(self) -> None:
         _between("temperature", self.temperature, 0.0, 100.0, "0 is greedy")
@@ -252,6 +259,8 @@ class StepPlan:
     """Pages to be copied out; others may own them from here on."""
     imports: tuple[Transfer, ...] = ()
     """Pages to be filled.  None of this step's chunks needs them; ``Scheduler.imported`` says when they are there."""
+    wanted_drafts: int = 0
+    """Drafts to be made after the step for each sequence that goes on; its next step may verify them."""
 
     @property
     def num_tokens(self) -> int:
@@ -267,7 +276,9 @@ class StepPlan:
             halves[half].append(index)
             weights[half] += self.chunks[index].num_tokens
         first, second = (tuple(self.chunks[index] for index in sorted(half)) for half in halves)
-        return StepPlan(first, self.copies, self.exports, self.imports), StepPlan(second)
+        wanted = self.wanted_drafts
+        before = StepPlan(first, self.copies, self.exports, self.imports, wanted)
+        return before, StepPlan(second, wanted_drafts=wanted)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import numpy as np
 
 _WORD = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+_MULTIPLIERS = np.array([[0xD2511F53], [0xCD9E8D57]], np.uint64)
+_WEYL = np.array([[0x9E3779B9], [0xBB67AE85]], np.uint64)
 _ROUNDS = 10
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
@@ -61,18 +61,14 @@ def fork_seed(seed: int, index: int) -> int:
 
 def philox(counters_T4: np.ndarray, keys_T2: np.ndarray) -> np.ndarray:
     """Philox4x32-10: uint32 words (T, 4) of counters (T, 4) and keys (T, 2), 32-bit values in uint64 arrays."""
-    x0, x1, x2, x3 = (counters_T4[:, word].astype(np.uint64) for word in range(4))
-    k0, k1 = (keys_T2[:, word].astype(np.uint64) for word in range(2))
-    for _ in range(_ROUNDS):
-        product0, product1 = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
-        x0, x1, x2, x3 = (
-            (product1 >> _HALF) ^ x1 ^ k0,
-            product1 & _WORD,
-            (product0 >> _HALF) ^ x3 ^ k1,
-            product0 & _WORD,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
-    return np.stack([x0, x1, x2, x3], axis=1)
+    evens_2T, odds_2T = counters_T4.T[0::2].astype(np.uint64), counters_T4.T[1::2].astype(np.uint64)
+    keys_2T = keys_T2.T.astype(np.uint64)
+    keys_N2T = (keys_2T + np.arange(_ROUNDS, dtype=np.uint64)[:, None, None] * _WEYL) & _WORD
+    for round_keys_2T in keys_N2T:
+        products_2T = (evens_2T * _MULTIPLIERS)[::-1]
+        evens_2T = (products_2T >> _HALF) ^ odds_2T ^ round_keys_2T
+        odds_2T = products_2T & _WORD
+    return np.stack([evens_2T[0], odds_2T[0], evens_2T[1], odds_2T[1]], axis=1)
 
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int], purpose: Purpose) -> np.ndarray:
@@ -87,10 +83,13 @@ def exponentials(seeds: Sequence[int], positions: Sequence[int], purpose: Purpos
     tokens_V = np.arange(1, vocab_size + 1, dtype=np.uint64) * _GOLDEN
     values_TV = np.empty((len(starts_T), vocab_size))
     rows = max(1, _CHUNK // vocab_size)
+    scratch = np.empty((2, min(rows, len(starts_T)), min(vocab_size, _CHUNK)), np.uint64)
     for row in range(0, len(starts_T), rows):
         for token in range(0, vocab_size, _CHUNK):
-            states = starts_T[row : row + rows, None] + tokens_V[token : token + _CHUNK]
-            _exponential(states, values_TV[row : row + rows, token : token + _CHUNK])
+            values = values_TV[row : row + rows, token : token + _CHUNK]
+            states, spare = scratch[:, : values.shape[0], : values.shape[1]]
+            np.add(starts_T[row : row + rows, None], tokens_V[token : token + _CHUNK], out=states)
+            _exponential(states, spare, values)
     return values_TV
 
 
@@ -99,8 +98,9 @@ def exponentials_at(
 ) -> np.ndarray:
     """The numbers of :func:`exponentials` at (row, token) pairs alone, FP64 (N,)."""
     starts_T = _bits(_seeds(seeds), np.asarray(positions), purpose)[:, 1]
+    states_N = starts_T[rows_N] + (tokens_N.astype(np.uint64) + np.uint64(1)) * _GOLDEN
     values_N = np.empty(len(tokens_N))
-    _exponential(starts_T[rows_N] + (tokens_N.astype(np.uint64) + np.uint64(1)) * _GOLDEN, values_N)
+    _exponential(states_N, np.empty_like(states_N), values_N)
     return values_N
 
 
@@ -118,12 +118,12 @@ def _bits(seeds_T: np.ndarray, positions_T: np.ndarray, purpose: Purpose) -> np.
     return words_T4[:, 0::2] | words_T4[:, 1::2] << _HALF
 
 
-def _exponential(states: np.ndarray, values: np.ndarray) -> None:
+def _exponential(states: np.ndarray, spare: np.ndarray, values: np.ndarray) -> None:
     """SplitMix64's output for each state, as -log(u) with u in (0, 1) in steps of 2^-52, into ``values``."""
     for shift, multiplier in _MIX:
-        states ^= states >> shift
+        states ^= np.right_shift(states, shift, out=spare)
         states *= multiplier
-    states ^= states >> np.uint64(31)
+    states ^= np.right_shift(states, np.uint64(31), out=spare)
     states >>= np.uint64(12)
     values[...] = states
     values += 0.5

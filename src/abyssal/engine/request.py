@@ -83,10 +83,10 @@ class Sequence:
     """In a step whose results are not known."""
     ending: tuple[FinishReason, str] | None = None
     """Why it ends as soon as its step is back."""
+    num_prompt: int = field(init=False)
 
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_ids)
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.request.prompt_ids)
 
     @property
     def num_output(self) -> int:
@@ -100,7 +100,8 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """Whether its next step computes the newest output token alone."""
-        return self.status is Status.RUNNING and self.remaining == 1 and self.num_output > 0
+        known = len(self.tokens)
+        return self.status is Status.RUNNING and known - self.computed == 1 and known > self.num_prompt
 
     @property
     def num_slots(self) -> int:

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from abyssal.cache.paged import PagedBatch, PagedCache, PagedTokens
+from abyssal.engine.gain import DraftStatistics
 from abyssal.engine.live import LiveSequence
 from abyssal.engine.messages import Chunk, Sampled, StepPlan
-from abyssal.engine.moving import PageMover
 from abyssal.engine.sampler import as_rows
 from abyssal.engine.speculate import Advance, Drafter
-from abyssal.engine.transfer import DraftState
 from abyssal.engine.verify import Drafted, verify
+from abyssal.model.dispatch import LocalDispatcher
+from abyssal.model.router import Routing
 from abyssal.model.transformer import ACTIVATION_DTYPES, Transformer
+from abyssal.spec.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -54,47 +56,48 @@ class ModelRunner:
         model: held by reference; whoever changes its weights voids the cache.
         cache: pages that the plans name.
         live: the running sequences by number, as the engine keeps them.
-        mover: carries out exports and imports.
-        num_drafts: tokens that the MTP modules draft for each sequence and step; 0: none.
+        num_drafts: tokens that the MTP modules draft for each sequence and step, at most; 0: the modules never run.
     """
 
     def __init__(
-        self,
-        model: Transformer,
-        cache: PagedCache,
-        live: Mapping[int, LiveSequence],
-        mover: PageMover,
-        num_drafts: int = 0,
+        self, model: Transformer, cache: PagedCache, live: Mapping[int, LiveSequence], num_drafts: int = 0
     ) -> None:
         self._model = model
         self._cache = cache
         self._live = live
-        self._mover = mover
         self._drafter = Drafter(model, cache, num_drafts) if num_drafts else None
+        self._mixtures = [block for block in model.blocks() if block.placement is not None]
+        self._placements: list[Placement | None] = []
+        self._dispatcher = model.local_dispatcher()
         self.weights_version = 0
         """Of the model's weights, as the engine's owner counts them."""
-        self.drafted = 0
-        """Drafts verified so far."""
-        self.accepted = 0
-        """Of those, accepted."""
+        self._drafted, self._accepted = [0] * num_drafts, [0] * num_drafts  # by position
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
-        """Exports and copies, then the pass, while imports are on their way."""
-        self._mover.send(plan.exports)
+        """Copies, then the pass."""
         self._cache.copy_pages(plan.copies)
-        self._mover.fetch(plan.imports)
         if not plan.chunks:
             return Launched(plan, np.empty((0, 0), np.float32), ())
         tokens = [token for chunk in plan.chunks for token in self._tokens(chunk)]
         tokens_T = torch.tensor(tokens, dtype=torch.long, device=self._cache.device)
         parts = [PagedTokens(c.start, c.num_tokens, c.pages, c.path == "decode") for c in plan.chunks]
-        step = self._model.step(PagedBatch(self._cache, parts), self._model.local_dispatcher())
+        step = self._model.step(PagedBatch(self._cache, parts), self._local_dispatcher())
         hidden_TD = self._model.hidden(tokens_T, step)
-        experts_TLK = self._experts(plan, {layer: each.expert_ids_TK for layer, each in step.routings.items()})
+        experts_TLK = self._experts(plan, step.routings)
         wanted, rows = _wanted_rows(plan)
-        logits_TV = self._model.logits(hidden_TD[torch.tensor(wanted, dtype=torch.long, device=hidden_TD.device)])
-        return Launched(plan, as_rows(logits_TV), rows, None if self._drafter is None else hidden_TD, experts_TLK)
+        wanted_RD = hidden_TD
+        if len(wanted) < len(tokens):
+            wanted_RD = hidden_TD[torch.tensor(wanted, dtype=torch.long, device=hidden_TD.device)]
+        logits_TV = as_rows(self._model.logits(wanted_RD))
+        return Launched(plan, logits_TV, rows, None if self._drafter is None else hidden_TD, experts_TLK)
+
+    def _local_dispatcher(self) -> LocalDispatcher:
+        """Of the present placements; one is kept as long as they stay."""
+        placements = [block.placement for block in self._mixtures]
+        if placements != self._placements:
+            self._dispatcher, self._placements = self._model.local_dispatcher(), placements
+        return self._dispatcher
 
     def collect(self, launched: Launched) -> dict[int, Sampled]:
         """What the step sampled, by sequence; its live sequences have taken it in."""
@@ -114,6 +117,7 @@ class ModelRunner:
         """Let the MTP modules follow, and say how many drafts each sequence has now."""
         assert self._drafter is not None and launched.hidden_TD is not None
         steps: list[Advance] = []
+        wanted = launched.plan.wanted_drafts
         begin = 0
         for chunk in launched.plan.chunks:
             rows_TD = launched.hidden_TD[begin : begin + chunk.num_tokens]
@@ -122,17 +126,19 @@ class ModelRunner:
             if sampled is None:
                 steps.append(Advance(live, chunk, rows_TD, False))
             elif not sampled.error:
-                self.drafted += chunk.num_drafts
-                self.accepted += len(sampled.tokens) - 1
                 steps.append(
-                    Advance(live, chunk, rows_TD[: _standing(chunk, sampled)], not (sampled.stopped or chunk.forks))
+                    Advance(
+                        live,
+                        chunk,
+                        rows_TD[: _standing(chunk, sampled)],
+                        wanted > 0 and not (sampled.stopped or chunk.forks),
+                    )
                 )
-        self._drafter.advance(steps)
+        self._drafter.advance(steps, wanted)
         return {number: replace(each, num_drafts=len(self._live[number].drafts)) for number, each in results.items()}
 
     def forget(self, sequence: int) -> None:
         """A sequence has ended."""
-        self._mover.forget(sequence)
         if self._drafter is not None:
             self._drafter.forget(sequence)
 
@@ -149,16 +155,6 @@ class ModelRunner:
         """Take it again."""
         self._cache.allocate()
 
-    def draft_state(self, sequence: int) -> DraftState | None:
-        """Where drafting stands, for another engine to go on with; None without drafting."""
-        return None if self._drafter is None else self._drafter.state(sequence, self._live[sequence].drafts)
-
-    def resume_drafting(self, sequence: int, state: DraftState | None) -> None:
-        """Go on drafting where another engine stood."""
-        if self._drafter is not None and state is not None:
-            self._live[sequence].drafts = state.drafts
-            self._drafter.resume(sequence, state)
-
     def _sample(self, logits_TV: np.ndarray, sampling: list[tuple[int, slice]]) -> dict[int, Sampled]:
         results: dict[int, Sampled] = {}
         drafted: list[Drafted] = []
@@ -171,10 +167,22 @@ class ModelRunner:
                 results[number] = Sampled((), error=str(error))
         if not able:
             return results
-        together_TV = logits_TV[np.concatenate([np.arange(rows.start, rows.stop) for _, rows in able])]
+        wanted = [row for _, rows in able for row in range(rows.start, rows.stop)]
+        together_TV = logits_TV if wanted == list(range(len(logits_TV))) else logits_TV[wanted]
         for (number, rows), verified in zip(able, verify(together_TV, drafted), strict=True):
+            self._count_drafts(rows.stop - rows.start - 1, verified.num_accepted)
             results[number] = self._take(number, logits_TV[rows], verified.tokens, verified.error)
         return results
+
+    def _count_drafts(self, num_drafts: int, num_accepted: int) -> None:
+        for position in range(num_drafts):
+            self._drafted[position] += 1
+            self._accepted[position] += position < num_accepted
+
+    @property
+    def draft_statistics(self) -> DraftStatistics:
+        """Since the beginning."""
+        return DraftStatistics(tuple(self._drafted), tuple(self._accepted))
 
     def _take(self, number: int, logits_TV: np.ndarray, tokens: tuple[int, ...], error: str | None) -> Sampled:
         if error is not None:
@@ -191,11 +199,11 @@ class ModelRunner:
     def _tokens(self, chunk: Chunk) -> list[int]:
         return [*chunk.tokens, *self._live[chunk.sequence].drafts[: chunk.num_drafts]]
 
-    def _experts(self, plan: StepPlan, experts: Mapping[int, Tensor]) -> np.ndarray | None:
+    def _experts(self, plan: StepPlan, routings: Mapping[int, Routing]) -> np.ndarray | None:
         asked = any(self._live[chunk.sequence].request.params.return_experts for chunk in plan.chunks)
-        if not asked or not experts:
+        if not asked or not routings:
             return None
-        return torch.stack([experts[layer] for layer in sorted(experts)], 1).cpu().numpy()
+        return torch.stack([routings[layer].expert_ids_TK for layer in sorted(routings)], 1).cpu().numpy()
 
     def _note_experts(self, plan: StepPlan, experts_TLK: np.ndarray, results: Mapping[int, Sampled]) -> None:
         """Of the tokens that stand: what replaces a rejected draft is routed by itself."""

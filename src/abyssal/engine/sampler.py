@@ -18,8 +18,9 @@ Legend: T rows, R of them, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,6 +30,14 @@ from abyssal.engine.logprobs import row_blocks
 from abyssal.engine.messages import SamplingParams
 from abyssal.engine.penalties import TokenHistory, add_bias, has_penalty, penalise
 from abyssal.engine.random import Purpose, exponentials, exponentials_at
+
+BLOCK_ELEMENTS = 1 << 17
+"""Logits that are drawn from at once: 1 MiB in FP64."""
+
+_Kind = Literal["all", "top-p", "top-k"]
+
+_TRIES = 4
+"""Tokens that are asked for before a row is sorted after all."""
 
 
 @dataclass(frozen=True)
@@ -74,84 +83,144 @@ def sample_rows(logits_TV: np.ndarray, rows: Sequence[Row], purpose: Purpose = P
     error and does not disturb the others.  ``purpose``: ``DRAFT`` for drafts whose distribution goes to the
     verification; drafts that are to be the target's own choices are drawn for ``SAMPLE``.
     """
-    tokens_T = np.zeros(len(rows), np.int64)
-    errors: dict[int, str] = {}
-    for block in row_blocks(len(rows), logits_TV.shape[1]):
-        members = rows[block]
-        edited_TV, best_T, bad = _edited(logits_TV[block], members)
-        tokens_T[block] = best_T
-        errors.update({block.start + row: message for row, message in bad.items()})
-        for chosen, narrowed in _drawn(members, bad, logits_TV.shape[1]):
-            group = [members[row] for row in chosen]
-            weights_RV = _weights(edited_TV[chosen], edited_TV[chosen, best_T[chosen]], group, narrowed)
-            tokens_T[block.start + np.array(chosen)] = race(weights_RV, group, purpose, sparse=narrowed)
+    tokens_T, errors = _likeliest(logits_TV, rows)
+    for drawn, kind, weights_RV in _drawn(logits_TV, rows, tokens_T, errors):
+        group = [rows[row] for row in drawn]
+        if kind == "all":
+            _apply_min_p(weights_RV, group)
+        tokens_T[drawn] = _RACES[kind](weights_RV, group, purpose)
     return Draws(tokens_T, errors)
 
 
 def distribution(logits_TV: np.ndarray, rows: Sequence[Row]) -> tuple[np.ndarray, dict[int, str]]:
     """The probabilities that :func:`sample_rows` draws by, FP64 (T, V), and errors as there (their rows are 0)."""
+    tokens_T, errors = _likeliest(logits_TV, rows)
     probabilities_TV = np.zeros(logits_TV.shape, np.float64)
-    errors: dict[int, str] = {}
-    for block in row_blocks(len(rows), logits_TV.shape[1]):
-        members = rows[block]
-        edited_TV, best_T, bad = _edited(logits_TV[block], members)
-        errors.update({block.start + row: message for row, message in bad.items()})
-        greedy = [row for row, member in enumerate(members) if member.params.temperature == 0 and row not in bad]
-        probabilities_TV[block.start + np.array(greedy, np.int64), best_T[greedy]] = 1.0
-        for chosen, narrowed in _drawn(members, bad, logits_TV.shape[1]):
-            group = [members[row] for row in chosen]
-            weights_RV = _weights(edited_TV[chosen], edited_TV[chosen, best_T[chosen]], group, narrowed)
-            weights_RV /= weights_RV.sum(axis=-1, keepdims=True)
-            probabilities_TV[block.start + np.array(chosen)] = weights_RV
+    for drawn, kind, weights_RV in _drawn(logits_TV, rows, tokens_T, errors):
+        group = [rows[row] for row in drawn]
+        if kind != "all":
+            _narrow(weights_RV, group)
+        _apply_min_p(weights_RV, group)
+        weights_RV /= weights_RV.sum(axis=-1, keepdims=True)
+        probabilities_TV[drawn] = weights_RV
+    greedy = [row for row, member in enumerate(rows) if member.params.temperature == 0 and row not in errors]
+    probabilities_TV[greedy, tokens_T[greedy]] = 1.0
     return probabilities_TV, errors
 
 
-def race(weights_RV: np.ndarray, rows: Sequence[Row], purpose: Purpose, sparse: bool = False) -> np.ndarray:
-    """Tokens (R,) drawn with probability proportional to the weights, of which each row has one above 0.
+def race(weights_RV: np.ndarray, rows: Sequence[Row], purpose: Purpose) -> np.ndarray:
+    """Tokens (R,) drawn with probability proportional to the weights, of which each row has one above 0."""
+    return _times(weights_RV, rows, purpose).argmin(axis=-1)
 
-    ``sparse``, where most weights are 0, makes only the random numbers that can win; the result is the same.
-    """
+
+def top_p_race(weights_RV: np.ndarray, rows: Sequence[Row], purpose: Purpose) -> np.ndarray:
+    """The :func:`race` of what top-p and min-p leave, mostly without the sort that :func:`_narrow` takes: who arrives
+    first and would not have been cut off wins, and whether one token is cut off is a matter of sums."""
+    times_RV = _times(weights_RV, rows, purpose)
+    tokens_R = times_RV.argmin(axis=-1)
+    for row, member in enumerate(rows):
+        stays, tries = False, _TRIES
+        while stays is False and tries:
+            stays, tries = _stays(weights_RV[row], int(tokens_R[row]), member.params), tries - 1
+            if stays is False:
+                times_RV[row, tokens_R[row]] = np.inf
+                tokens_R[row] = times_RV[row].argmin()
+        if not stays:
+            cut_RV = weights_RV[row : row + 1]
+            _narrow(cut_RV, [member])
+            _apply_min_p(cut_RV, [member])
+            tokens_R[row] = np.where(cut_RV[0] > 0, times_RV[row], np.inf).argmin()
+    return tokens_R
+
+
+def top_k_race(weights_RV: np.ndarray, rows: Sequence[Row], purpose: Purpose) -> np.ndarray:
+    """The :func:`race` of what top-k, top-p and min-p leave: of so few tokens that only their numbers are made."""
+    ids, weights = [], []
+    for member, weights_V in zip(rows, weights_RV, strict=True):
+        least = np.partition(weights_V, -member.params.top_k)[-member.params.top_k]
+        ids_U = np.flatnonzero(weights_V >= least)
+        weights_1U = weights_V[None, ids_U]
+        _narrow(weights_1U, [member])
+        _apply_min_p(weights_1U, [member])
+        ids.append(ids_U[weights_1U[0] > 0])
+        weights.append(weights_V[ids[-1]])
+    rows_N = np.repeat(np.arange(len(rows)), [len(ids_U) for ids_U in ids])
     seeds, positions = [row.seed for row in rows], [row.position for row in rows]
+    times_N = exponentials_at(seeds, positions, purpose, rows_N, np.concatenate(ids)) / np.concatenate(weights)
+    times = np.split(times_N, np.flatnonzero(np.diff(rows_N)) + 1)
+    return np.array([ids_U[times_U.argmin()] for ids_U, times_U in zip(ids, times, strict=True)])
+
+
+_RACES = {"all": race, "top-p": top_p_race, "top-k": top_k_race}
+
+
+def _times(weights_RV: np.ndarray, rows: Sequence[Row], purpose: Purpose) -> np.ndarray:
+    """When each token arrives: an exponential number of the weight's rate; never where the weight is 0."""
+    times_RV = exponentials([row.seed for row in rows], [row.position for row in rows], purpose, weights_RV.shape[1])
     with np.errstate(divide="ignore", over="ignore"):
-        if not sparse:
-            times_RV = exponentials(seeds, positions, purpose, weights_RV.shape[1])
-            times_RV /= weights_RV
-        else:
-            at_N = np.flatnonzero(weights_RV)
-            rows_N, tokens_N = np.divmod(at_N, weights_RV.shape[1])
-            times_RV = np.full(weights_RV.shape, np.inf)
-            times_N = exponentials_at(seeds, positions, purpose, rows_N, tokens_N)
-            times_RV.reshape(-1)[at_N] = times_N / weights_RV.reshape(-1)[at_N]
-    return times_RV.argmin(axis=-1)
+        times_RV /= weights_RV
+    return times_RV
 
 
-def _edited(logits_TV: np.ndarray, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Logits after penalties and bans (copied only if there are some), each row's best token, and errors by row."""
+def _likeliest(logits_TV: np.ndarray, rows: Sequence[Row]) -> tuple[np.ndarray, dict[int, str]]:
+    """The best token of each row, int64 (T,), and by row why nothing can be drawn from it."""
     assert logits_TV.dtype == np.float32 and len(logits_TV) == len(rows)
-    errors: dict[int, str] = {}
-    # NaN is the maximum of its row, so that both say whether a row is fit to be drawn from.
-    raw_T = logits_TV.max(axis=-1)
-    for row in np.flatnonzero(~np.isfinite(raw_T)):
-        errors[int(row)] = f"logits: the largest is {raw_T[row]}; the model's weights or its input are broken"
-    edited_rows = [row for row, member in enumerate(rows) if row not in errors and _is_edited(member)]
-    if edited_rows:
-        logits_TV = logits_TV.copy()
-    for row in edited_rows:
-        try:
-            _edit(logits_TV[row], rows[row])
-        except ValueError as error:
-            errors[row] = str(error)
     best_T = logits_TV.argmax(axis=-1)
-    for row in edited_rows:
-        if row not in errors and logits_TV[row, best_T[row]] == -np.inf:
-            errors[row] = _nothing_left(rows[row])
-    return logits_TV, best_T, errors
+    # NaN is the maximum of its row, so that the largest logit says whether the row is fit to be drawn from.
+    largest_T = logits_TV[np.arange(len(rows)), best_T]
+    return best_T, {
+        row: f"logits: the largest is {largest_T[row]}; the model's weights or its input are broken"
+        for row in np.flatnonzero(~np.isfinite(largest_T)).tolist()
+    }
+
+
+def _drawn(
+    logits_TV: np.ndarray, rows: Sequence[Row], best_T: np.ndarray, errors: dict[int, str]
+) -> Iterator[tuple[list[int], _Kind, np.ndarray]]:
+    """The rows to be drawn at random, a few at a time and alike: their numbers, which tokens are cut off by rank, and
+    unnormalised probabilities before that.  ``best_T`` and ``errors`` are completed with what editing makes of rows."""
+    vocab_size = logits_TV.shape[1]
+    worked = [
+        row
+        for row, member in enumerate(rows)
+        if (member.params.temperature > 0 or _is_edited(member)) and row not in errors
+    ]
+    for members in row_blocks(len(worked), vocab_size, BLOCK_ELEMENTS):
+        block = worked[members]
+        logits_RV = logits_TV[block]
+        groups: dict[_Kind, list[int]] = {}
+        for index, row in enumerate(block):
+            if _is_edited(rows[row]):
+                best_T[row], error = _edited(logits_RV[index], rows[row])
+                if error:
+                    errors[row] = error
+                    continue
+            if rows[row].params.temperature > 0:
+                groups.setdefault(_kind_of(rows[row].params, vocab_size), []).append(index)
+        for kind, chosen in groups.items():
+            drawn = [block[index] for index in chosen]
+            temperatures_R = np.array([rows[row].params.temperature for row in drawn])
+            chosen_RV = logits_RV if len(drawn) == len(block) else logits_RV[chosen]
+            yield drawn, kind, _weights(chosen_RV, best_T[drawn], temperatures_R)
+
+
+def _kind_of(params: SamplingParams, vocab_size: int) -> _Kind:
+    return "top-k" if 0 < params.top_k < vocab_size else "top-p" if params.top_p < 1.0 else "all"
+
+
+def _edited(logits_V: np.ndarray, row: Row) -> tuple[int, str]:
+    """Edit a row in place: the best token left, and why nothing can be drawn from it."""
+    try:
+        _edit(logits_V, row)
+    except ValueError as error:
+        return 0, str(error)
+    best = int(logits_V.argmax())
+    return best, _nothing_left(row) if logits_V[best] == -np.inf else ""
 
 
 def _is_edited(row: Row) -> bool:
     params = row.params
-    early = row.num_outputs < params.min_tokens and row.ends
-    return bool(row.allowed is not None or params.logit_bias or early or has_penalty(params))
+    return bool(row.allowed is not None or params.changes_logits or (row.num_outputs < params.min_tokens and row.ends))
 
 
 def _edit(logits_V: np.ndarray, row: Row) -> None:
@@ -183,30 +252,32 @@ def _kind(row: Row) -> str:
     return "structure" if row.params.structured is None else row.params.structured.kind
 
 
-def _drawn(rows: Sequence[Row], errors: Mapping[int, str], vocab_size: int) -> list[tuple[list[int], bool]]:
-    """Rows to be drawn at random, in two groups: whether the tail is cut off by rank, which takes a sort."""
-    groups: tuple[list[int], list[int]] = ([], [])
-    for row, member in enumerate(rows):
-        params = member.params
-        if params.temperature > 0 and row not in errors:
-            groups[0 < params.top_k < vocab_size or params.top_p < 1.0].append(row)
-    return [(group, bool(narrowed)) for narrowed, group in enumerate(groups) if group]
-
-
-def _weights(logits_RV: np.ndarray, maxima_R: np.ndarray, rows: Sequence[Row], narrowed: bool) -> np.ndarray:
-    """Unnormalised probabilities, FP64: 1 for the likeliest token, 0 for those cut off."""
-    temperatures_R = np.array([row.params.temperature for row in rows])
+def _weights(logits_RV: np.ndarray, best_R: np.ndarray, temperatures_R: np.ndarray) -> np.ndarray:
+    """Unnormalised probabilities, FP64: 1 for the likeliest token."""
     weights_RV = logits_RV.astype(np.float64)
-    weights_RV -= maxima_R[:, None]
+    weights_RV -= weights_RV[np.arange(len(best_R)), best_R][:, None]
     with np.errstate(over="ignore"):
         weights_RV /= temperatures_R[:, None]
-    np.exp(weights_RV, out=weights_RV)
-    if narrowed:
-        _narrow(weights_RV, rows)
+    return np.exp(weights_RV, out=weights_RV)
+
+
+def _apply_min_p(weights_RV: np.ndarray, rows: Sequence[Row]) -> None:
     min_p_R = np.array([row.params.min_p for row in rows])
     if min_p_R.any():
         weights_RV[weights_RV < min_p_R[:, None]] = 0.0
-    return weights_RV
+
+
+def _stays(weights_V: np.ndarray, token: int, params: SamplingParams) -> bool | None:
+    """Whether top-p and min-p leave a token; None where rounding decides, which depends on the order of sums."""
+    weight = weights_V[token]
+    if weight < params.min_p:
+        return False
+    total = weights_V.sum()
+    num_equal = np.count_nonzero(weights_V[:token] == weight)
+    left = params.top_p * total - (np.dot(weights_V > weight, weights_V) + num_equal * weight)
+    if abs(left) <= 4 * len(weights_V) * np.finfo(np.float64).eps * total:
+        return None
+    return bool(left > 0)
 
 
 def _narrow(weights_RV: np.ndarray, rows: Sequence[Row]) -> None:

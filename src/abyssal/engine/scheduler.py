@@ -54,6 +54,8 @@ class _Step:
     left: int
     """Tokens of the budget."""
     drafts_left: int
+    most_drafts: int
+    """Of one sequence."""
     chunks: list[Chunk] = field(default_factory=list)
     exports: list[Transfer] = field(default_factory=list)
     imports: list[Transfer] = field(default_factory=list)
@@ -94,12 +96,18 @@ class Scheduler:
 
     # The policy
 
-    def plan(self) -> StepPlan:
-        """The next step; its chunks may be none.  :meth:`update` is to follow before the next plan."""
+    def plan(self, most_drafts: int | None = None) -> StepPlan:
+        """The next step; its chunks may be none.  :meth:`update` is to follow before the next plan.
+
+        Args:
+            most_drafts: of a sequence, to verify in this step and to make for the next; None: those of the
+                configuration.  Who measures whether drafts pay hands in 0 when they do not.
+        """
         assert self._plan is None, "the last plan's results are missing: call update()"
         self._memory.copies = []
         self._end_expired()
-        step = _Step(self.config.token_budget, self.config.token_budget // 2)
+        most_drafts = self.config.num_drafts if most_drafts is None else min(most_drafts, self.config.num_drafts)
+        step = _Step(self.config.token_budget, self.config.token_budget // 2, most_drafts)
         for priority in self._priorities():
             self._plan_writing(step, [s for s in self._running if s.decoding and s.request.priority == priority])
             while step.left and (sequence := self._next_reading(step, priority)) is not None:
@@ -110,7 +118,9 @@ class Scheduler:
                     self._add_chunk(step, sequence, num_known, num_drafts=0)
         self._shares.tick()
         self._memory.finished = []  # their pages may be written in this very step
-        self._plan = StepPlan(tuple(step.chunks), tuple(self._memory.copies), tuple(step.exports), tuple(step.imports))
+        self._plan = StepPlan(
+            tuple(step.chunks), tuple(self._memory.copies), tuple(step.exports), tuple(step.imports), most_drafts
+        )
         return self._plan
 
     def _plan_writing(self, step: _Step, writing: list[Sequence]) -> None:
@@ -122,7 +132,7 @@ class Scheduler:
                 break
             spare = max(0, step.left - (len(writing) - index))  # the others get their token before drafts
             room = sequence.limit - len(sequence.tokens) - 1
-            num_drafts = max(0, min(sequence.num_drafts, self.config.num_drafts, spare, step.drafts_left, room))
+            num_drafts = max(0, min(sequence.num_drafts, step.most_drafts, spare, step.drafts_left, room))
             stop = sequence.computed + 1
             if num_drafts and not self._memory.grow(sequence, stop + num_drafts):
                 num_drafts = 0  # drafts preempt nobody
@@ -256,13 +266,9 @@ class Scheduler:
                 self._end(sequence, reason, detail)
         return bool(sequences)
 
-    def imported(self, number: int, num_tokens: int | None = None, path: Path = "prompt", num_drafts: int = 0) -> None:
+    def imported(self, number: int, num_tokens: int | None = None, path: Path = "prompt") -> None:
         """The pages of an import are filled, with ``num_tokens`` of its tokens (None: all; the rest is computed), all
-        of which, and all before them, were computed by ``path``.  What a preemption took out keeps its own.
-
-        Args:
-            num_drafts: that the runner now holds for the sequence's next step, if all its tokens came.
-        """
+        of which, and all before them, were computed by ``path``.  What a preemption took out keeps its own."""
         sequence = self.sequences[number]
         transfer = sequence.transfer
         assert sequence.status is Status.IMPORTING and transfer is not None, sequence.number
@@ -270,7 +276,6 @@ class Scheduler:
         assert 0 <= num_tokens <= transfer.num_tokens, (num_tokens, transfer)
         self._memory.arrived(sequence, transfer, num_tokens, path)
         sequence.status, sequence.transfer = Status.RUNNING, None
-        sequence.num_drafts = num_drafts if num_tokens == transfer.num_tokens else 0
         sequence.charged = max(sequence.charged, sequence.computed)
         if transfer.kind == "stored":
             found = min(transfer.start + num_tokens, sequence.num_prompt)
@@ -442,6 +447,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences that hold pages and go on."""
         return len(self._running)
+
+    @property
+    def num_writing(self) -> int:
+        """Sequences whose next step computes their newest token."""
+        return sum(sequence.decoding for sequence in self._running)
 
     @property
     def unfinished(self) -> bool:

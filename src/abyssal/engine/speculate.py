@@ -9,6 +9,9 @@ The modules' layers keep entries in the pages like the main model's.  An entry m
 found in a page whose text went on otherwise, is made again when its token is known; until then it is a guess among
 guesses.  Nothing here can make the output wrong: the main model verifies every draft.
 
+While no drafts are wanted, the modules follow a page at a time: the hidden states of a page are kept until it is full,
+and are passed through the modules together, which costs little and leaves no page without their entries.
+
 Legend: T tokens, D model.
 """
 
@@ -25,7 +28,6 @@ from abyssal.cache.pages import PAGE
 from abyssal.engine.live import LiveSequence
 from abyssal.engine.messages import Chunk
 from abyssal.engine.sampler import as_rows, sample_rows
-from abyssal.engine.transfer import DraftState, TensorBytes
 from abyssal.model.transformer import Transformer
 
 
@@ -43,10 +45,15 @@ class Advance:
 
 @dataclass(frozen=True)
 class _Tail:
-    """Hidden states of the main model at the last positions before ``stop``."""
+    """Hidden states of the main model at the last positions before ``stop``: those that the modules have yet to see, or
+    see again."""
 
     stop: int
-    hidden_TD: Tensor
+    pieces: list[Tensor]
+
+    @property
+    def hidden_TD(self) -> Tensor:
+        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces)
 
 
 class Drafter:
@@ -55,57 +62,58 @@ class Drafter:
     Args:
         model: with one MTP module at least.
         cache: with the modules' layers.
-        num_drafts: drafts a sequence and step.
+        most: drafts a sequence and step, at most.
     """
 
-    def __init__(self, model: Transformer, cache: PagedCache, num_drafts: int) -> None:
+    def __init__(self, model: Transformer, cache: PagedCache, most: int) -> None:
         assert len(model.mtp), "without MTP modules there is nothing to draft with"
         self._model = model
         self._cache = cache
-        self._num_drafts = num_drafts
         self._depth = len(model.mtp)
+        self._levels = min(self._depth, most)
         self._tails: dict[int, _Tail] = {}
 
     def forget(self, sequence: int) -> None:
         """A sequence has ended."""
         self._tails.pop(sequence, None)
 
-    def state(self, sequence: int, drafts: tuple[int, ...]) -> DraftState:
-        """Where a sequence's drafting stands."""
-        tail = self._tails.get(sequence)
-        if tail is None:
-            return DraftState(drafts, 0, None)
-        return DraftState(drafts, tail.stop, TensorBytes.of(tail.hidden_TD))
-
-    def resume(self, sequence: int, state: DraftState) -> None:
-        """Go on where another engine's drafting stood; the drafts are the live sequence's."""
-        if state.hidden_TD is not None:
-            self._tails[sequence] = _Tail(state.stop, state.hidden_TD.tensor().to(self._cache.device))
-
     @torch.inference_mode()
-    def advance(self, steps: Sequence[Advance]) -> None:
-        """Run the modules over what was computed, and leave drafts in the live sequences that want them."""
+    def advance(self, steps: Sequence[Advance], num_drafts: int) -> None:
+        """Run the modules over what was computed, and leave ``num_drafts`` drafts in the live sequences that want them.
+
+        Without drafts to make, sequences that write wait until a page is full."""
+        if not num_drafts:
+            steps = [step for step in steps if not self._waits(step)]
         steps = [self._with_tail(step) for step in steps if len(step.hidden_TD)]
         if not steps:
             return
         hidden = [step.hidden_TD for step in steps]
         drafts: list[list[int]] = [[] for _ in steps]
-        for depth in range(min(self._depth, max(1, self._num_drafts))):
+        for depth in range(self._levels):
             hidden = self._level(depth, steps, hidden, drafts)
             self._draft(steps, [rows[-1:] for rows in hidden], drafts)
-        self._go_on(steps, [rows[-1:] for rows in hidden], drafts)
+        self._go_on(steps, [rows[-1:] for rows in hidden], drafts, num_drafts)
         for step, drafted in zip(steps, drafts, strict=True):
-            step.live.drafts = tuple(drafted[: self._num_drafts])
+            step.live.drafts = tuple(drafted[:num_drafts])
+
+    def _waits(self, step: Advance) -> bool:
+        """Whether a sequence's new hidden states are kept for later instead of being run."""
+        chunk, tail = step.chunk, self._tails.get(step.chunk.sequence)
+        stop = chunk.start + len(step.hidden_TD)
+        if chunk.path != "decode" or tail is None or tail.stop != chunk.start or stop % PAGE < len(step.hidden_TD):
+            return False
+        self._tails[chunk.sequence] = _Tail(stop, [*tail.pieces, step.hidden_TD])
+        return True
 
     def _with_tail(self, step: Advance) -> Advance:
-        """Begin as many positions earlier as there are depths, where their hidden states were kept: their entries were
-        made with drafts."""
+        """Begin where the modules have not been, and as many positions earlier as there are depths, whose entries were
+        made with drafts, where the hidden states were kept."""
         chunk, hidden_TD = step.chunk, step.hidden_TD
         tail = self._tails.get(chunk.sequence)
         stop = chunk.start + len(hidden_TD)
         if tail is not None and tail.stop == chunk.start:
             hidden_TD = torch.cat([tail.hidden_TD, hidden_TD])
-        self._tails[chunk.sequence] = _Tail(stop, hidden_TD[-self._depth :].clone())
+        self._tails[chunk.sequence] = _Tail(stop, [hidden_TD[-self._depth :].clone()])
         return replace(step, hidden_TD=hidden_TD, chunk=replace_span(chunk, stop - len(hidden_TD), stop))
 
     def _level(
@@ -124,9 +132,9 @@ class Drafter:
         found_TD = self._pass(depth, tokens, torch.cat(list(hidden)), parts)
         return list(found_TD.split([step.chunk.num_tokens for step in steps]))
 
-    def _go_on(self, steps: Sequence[Advance], hidden: list[Tensor], drafts: list[list[int]]) -> None:
+    def _go_on(self, steps: Sequence[Advance], hidden: list[Tensor], drafts: list[list[int]], num_drafts: int) -> None:
         """Past its depth, the last module on its own drafts, as far as the sequences' pages reach."""
-        for extra in range(self._num_drafts - self._depth):
+        for extra in range(num_drafts - self._depth):
             able = [
                 index
                 for index, step in enumerate(steps)

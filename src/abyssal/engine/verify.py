@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -44,6 +45,8 @@ class Drafted:
 
     def rows(self) -> list[Row]:
         """Of its k + 1 rows of logits."""
+        if not self.tokens and self.allowed is None:
+            return [self.row]
         return [self._row(index) for index in range(len(self.tokens) + 1)]
 
     def _row(self, index: int) -> Row:
@@ -79,15 +82,15 @@ def verify(logits_TV: np.ndarray, sequences: Sequence[Drafted]) -> list[Verified
 
     An error at a position that is not reached, because an earlier draft was rejected, is none.
     """
-    counts = [len(sequence.tokens) + 1 for sequence in sequences]
-    starts = np.cumsum([0, *counts])
+    starts = [0, *accumulate(len(sequence.tokens) + 1 for sequence in sequences)]
     assert len(logits_TV) == starts[-1], (len(logits_TV), starts[-1])
+    if all(sequence.probabilities is None for sequence in sequences):
+        return _by_choice(logits_TV, sequences)
     results: dict[int, Verified] = {}
     for method, by_rejection in ((_by_choice, False), (_by_rejection, True)):
         members = [i for i, sequence in enumerate(sequences) if (sequence.probabilities is not None) == by_rejection]
         if members:
-            every = len(members) == len(sequences)  # nothing to copy then
-            kept = slice(None) if every else np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
+            kept = [row for i in members for row in range(starts[i], starts[i + 1])]
             verified = method(logits_TV[kept], [sequences[i] for i in members])
             results.update(zip(members, verified, strict=True))
     return [results[index] for index in range(len(sequences))]

@@ -107,7 +107,7 @@ class ChatTemplate:
         if not sources:
             if model_type(folder) == "deepseek_v3":
                 return cls.builtin("deepseek-v3", tokenizer)
-            raise ValueError(f"{folder}: has no chat template; name one of {', '.join(BUILTIN_TEMPLATES)}")
+            raise ValueError(f"{folder}: has no chat template; name one of {', '.join(BUILTIN_TEMPLATES)} (--template)")
         if "default" not in sources:
             raise ValueError(f"{name}: has the templates {', '.join(sources)} but none named default; name one so")
         for builtin in BUILTIN_TEMPLATES:

@@ -148,6 +148,24 @@ def test_bad_requests_fail_alone(model: Transformer) -> None:
         LLM(random_model(replace(SPEC, mtp_depth=0)), config=EngineConfig(num_drafts=1))
 
 
+def test_outputs_come_as_they_end_and_a_reader_may_leave(model: Transformer) -> None:
+    llm = LLM(model)
+    asked, params = (
+        prompts((9, 5)),
+        [SamplingParams(temperature=0, max_tokens=count, ignore_eos=True) for count in (9, 2)],
+    )
+    wanted = tokens_of(llm.generate(asked, params))
+    found = [(number, output.token_ids) for number, output in llm.as_finished(asked, params)]
+    assert found == [(1, wanted[1]), (0, wanted[0])]
+    for reader in (llm.as_finished(asked, params), llm.stream(asked[0], params[0])):
+        next(reader)
+        assert llm.engine.unfinished
+        reader.close()
+        assert not llm.engine.unfinished
+        llm.engine.scheduler.check()
+    assert tokens_of(llm.generate(asked, params)) == wanted
+
+
 def test_experts_are_returned_for_each_token(model: Transformer) -> None:
     (prompt,) = prompts((9,))
     output = LLM(model).generate([prompt], SamplingParams(temperature=0, max_tokens=5, return_experts=True))[0]

@@ -121,10 +121,11 @@ def test_gradients_are_those_of_whole_sequences() -> None:
     """In FP64, where the forms agree to the last digits: shared prompts, outputs of one token, forced routing."""
     model = scaled(FAMILIES[0], torch.float64)
     first, second = (5, 3, 8, 1), (7, 7, 2)
-    rollouts = [Rollout(first, (9, 2, 4, 4, 6)), Rollout(second, (3,)), Rollout(first, (1, 30, 5))]
-    chosen = np.random.default_rng(0).permuted(np.tile(np.arange(4), (8 + 3 + 6, 2, 1)), axis=-1)[..., :2]
-    experts = np.split(chosen, [8, 11])
-    experts[2][:4] = experts[0][:4]
+    outputs = (9, 2, 4, 4, 6), (3,), (1, 30, 5), (8, 8)
+    rollouts = [Rollout(prompt, ids) for prompt, ids in zip((first, second, first, first), outputs, strict=True)]
+    chosen = np.random.default_rng(0).permuted(np.tile(np.arange(4), (8 + 3 + 6 + 5, 2, 1)), axis=-1)[..., :2]
+    experts = np.split(chosen, [8, 11, 17])
+    experts[2][:4] = experts[0][:4]  # the last one's prompt is the same text, routed otherwise
     rollouts = [replace(rollout, experts_TLK=each) for rollout, each in zip(rollouts, experts, strict=True)]
     parameters = [model.embed.weight, *model.layers[1].parameters()]
     wanted = packed_logprobs(model, rollouts, True)

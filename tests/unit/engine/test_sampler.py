@@ -129,19 +129,36 @@ def test_tokens_are_drawn_in_proportion(params: SamplingParams, counter: str, dr
     assert_drawn_from(np.bincount(tokens_T, minlength=6), distribution(logits_V[None], rows[:1])[0][0])
 
 
-def test_the_sparse_race_is_the_same_race() -> None:
+def test_a_race_is_won_by_who_arrives_first() -> None:
     rng = np.random.default_rng(0)
     weights_RV = np.where(rng.random((50, 40)) < 0.2, rng.random((50, 40)), 0.0)
     weights_RV[:, 7] = 1.0
-    rows = [Row(SamplingParams(), i, 0) for i in range(50)]
-    dense = race(weights_RV, rows, Purpose.DRAFT)
-    assert (dense == race(weights_RV, rows, Purpose.DRAFT, sparse=True)).all()
+    tokens = race(weights_RV, [Row(SamplingParams(), i, 0) for i in range(50)], Purpose.DRAFT)
     times_RV = exponentials(range(50), [0] * 50, Purpose.DRAFT, 40)
     slow = [
         min((t / w, v) for v, (t, w) in enumerate(zip(*pair, strict=True)) if w)
         for pair in zip(times_RV, weights_RV, strict=True)
     ]
-    assert dense.tolist() == [token for _, token in slow]
+    assert tokens.tolist() == [token for _, token in slow]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_the_winner_is_that_of_a_race_over_the_narrowed_distribution(data: st.DataObject) -> None:
+    """Without sorting rows, and whether top-p is reached at one token or at most of them; with ties, and where rounding
+    decides what top-p keeps."""
+    vocab_size, num_rows = data.draw(MAYBE([(2, 9), (7, 30), (100, 20), (3000, 6)]))
+    spread = data.draw(MAYBE([0.0, 0.01, 1.0, 6.0]))
+    some = [data.draw(_params()) for _ in range(3)]
+    some = [replace(params, min_tokens=0, logit_bias=None) for params in some]
+    rows = [Row(some[i % 3], i, 5, history=TokenHistory()) for i in range(num_rows)]
+    logits_TV = (spread * np.random.default_rng(vocab_size).standard_normal((num_rows, vocab_size))).astype(np.float32)
+    if data.draw(st.booleans()):
+        logits_TV = np.round(logits_TV * 2) / 2
+    tokens_T = sample_rows(logits_TV, rows).tokens_T
+    probabilities_TV = distribution(logits_TV, rows)[0]
+    weights_TV = probabilities_TV / probabilities_TV.max(axis=-1, keepdims=True)
+    assert tokens_T.tolist() == race(weights_TV, rows, Purpose.SAMPLE).tolist()
 
 
 def test_similar_distributions_mostly_draw_the_same_token() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from typing import Any
@@ -65,6 +66,7 @@ def _run_disturbed_and_alone(
     num_drafts: int,
     prefix: bool,
     disk: bool,
+    most_drafts: list[int | None],
 ) -> None:
     """The simulated engine checks the invariants at every step: pages, paths, budget, order of positions."""
     limits = config(
@@ -76,6 +78,8 @@ def _run_disturbed_and_alone(
         save_every=PAGE,
     )
     engine = SimulatedEngine(limits, num_pages, prefix, DiskOfHashes() if disk else None)
+    turns = itertools.cycle(most_drafts)
+    engine.most_drafts = lambda: next(turns)
     run_arrivals(engine, arrivals)
     alone = SimulatedEngine(config(token_budget=200, deterministic=deterministic), 100, prefix=False)
     for _, each in arrivals:
@@ -96,6 +100,7 @@ disturbances = given(
     num_drafts=st.integers(0, 3),
     prefix=st.booleans(),
     disk=st.booleans(),
+    most_drafts=st.lists(st.none() | st.integers(0, 4), min_size=1, max_size=6),
 )
 
 

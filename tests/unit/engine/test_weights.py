@@ -50,6 +50,7 @@ def test_a_request_that_spans_an_update_goes_on_with_the_new_weights(in_place: b
     params = SamplingParams(temperature=0.8, seed=3, max_tokens=30, logprobs=0, return_experts=True)
     engine.add(Request(0, prompt(70), params))
     before = run(engine, 9)[0].outputs[0]
+    old_ids, old_versions, old_experts = before.token_ids, before.versions, np.array(before.experts)
     if in_place:
         set_weights(model, other)
         engine.update_weights(5)
@@ -57,16 +58,16 @@ def test_a_request_that_spans_an_update_goes_on_with_the_new_weights(in_place: b
         engine.update_weights(5, {name: tensor.clone() for name, tensor in other.state_dict().items()})
     assert_same_weights(model, other)
     after = run(engine)[0].outputs[0]
-    count = len(before.token_ids)
+    count = len(old_ids)
     assert 0 < count < 30 and after.versions == ((0, count), (5, 30 - count)) and after.weights_version == 5
-    assert before.versions == ((0, count),)
+    assert old_versions == ((0, count),)
     fresh = Engine(other, config=replace(CONFIG, num_drafts=drafts))
-    fresh.add(Request(0, prompt(70), params, output_ids=before.token_ids))
+    fresh.add(Request(0, prompt(70), params, output_ids=old_ids))
     continued = run(fresh)[0].outputs[0]
     assert after.token_ids == continued.token_ids
     assert (after.logprobs or ())[count:] == continued.logprobs
     by_old, by_new = np.split(after.experts, [70 + count - 1])
-    assert np.array_equal(by_old, before.experts) and np.array_equal(by_new, continued.experts[70 + count - 1 :])
+    assert np.array_equal(by_old, old_experts) and np.array_equal(by_new, continued.experts[70 + count - 1 :])
     engine.add(Request(1, prompt(70), replace(params, max_tokens=1, return_experts=False)))
     run(engine)
     engine.add(Request(1, prompt(70), replace(params, max_tokens=1, return_experts=False)))
