@@ -48,7 +48,7 @@ class Options:
     """The run's folder; it must be empty or not exist, unless --resume."""
     resume: bool = False
     """Go on from the newest checkpoint in RUN; options that are not given are as they were."""
-    template: Literal["deepseek-v3", "deepseek-r1", "deepseek-v3.1"] | None = None
+    template: Literal["deepseek-v3", "deepseek-r1", "deepseek-v3.1", "deepseek-v2.5"] | None = None
     """Chat format to teach; the model's own template by default."""
     thinking: bool | None = None
     """Show the reasoning of the messages (with True, of R1 and V3.1) or drop it; as the messages have it by default."""

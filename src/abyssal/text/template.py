@@ -34,7 +34,7 @@ from abyssal.text.template_render import EarlierAnswersChange, Program, Renderin
 from abyssal.text.template_sandbox import compile_template
 from abyssal.text.tokenizer import BOS, EOS, Tokenizer
 
-BUILTIN_TEMPLATES = ("deepseek-v3", "deepseek-r1", "deepseek-v3.1")
+BUILTIN_TEMPLATES = ("deepseek-v3", "deepseek-r1", "deepseek-v3.1", "deepseek-v2.5")
 
 
 class ChatTemplate:
@@ -87,6 +87,12 @@ class ChatTemplate:
         bos, eos = _sentence_tokens(tokenizer)
         known = () if tokenizer is None else tokenizer.control_tokens
         return cls(source, name, bos, eos, (*_format_tokens(source), *known))
+
+    @classmethod
+    def plain(cls, tokenizer: Tokenizer | None = None) -> ChatTemplate:
+        """``User: ...``, ``Assistant: ...``: for models that know no format, or DeepSeek-V2's and LLM's."""
+        bos, eos = _sentence_tokens(tokenizer)
+        return cls(_builtin_source("plain"), "plain", bos, eos, () if tokenizer is None else tokenizer.control_tokens)
 
     @classmethod
     def from_folder(cls, folder: str | Path, tokenizer: Tokenizer | None = None) -> ChatTemplate:

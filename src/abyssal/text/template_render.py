@@ -27,7 +27,7 @@ from abyssal.text.template_parts import Part
 from abyssal.text.template_sandbox import run_template
 
 _SEARCHED_MESSAGES = 64
-_FIX = "or name a template: deepseek-v3, deepseek-r1, deepseek-v3.1"
+_FIX = "or name a template: deepseek-v3, deepseek-r1, deepseek-v3.1, deepseek-v2.5"
 
 
 class EarlierAnswersChange(ValueError):

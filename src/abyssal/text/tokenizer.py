@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +178,8 @@ class Tokenizer:
 
     def with_control_tokens(self, names: Sequence[str]) -> Tokenizer:
         """This tokenizer and those of the names that it lacks as control tokens, numbered from the end of the
-        vocabulary.
+        vocabulary.  As in DeepSeek's tokenizers, they are not marked special, so that a model's text shows them to
+        whoever looks for calls in it.
 
         Raises:
             ValueError: the vocabulary has gaps in its numbers, so that new ids would not follow its last.
@@ -186,7 +187,7 @@ class Tokenizer:
         known = set(self.control_tokens)
         missing = [name for name in dict.fromkeys(names) if name not in known]
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False) for name in missing])
+        backend.add_tokens([tokenizers.AddedToken(name, normalized=False, special=False) for name in missing])
         for expected, name in enumerate(missing, self.vocab_size):
             if backend.token_to_id(name) != expected:
                 raise ValueError(
@@ -194,6 +195,16 @@ class Tokenizer:
                     "the vocabulary; add it to tokenizer.json by hand"
                 )
         return Tokenizer(backend, self._config)
+
+    def showing(self, names: Collection[str]) -> Tokenizer:
+        """This tokenizer with those of its control tokens not marked special, so that text shows them."""
+        content = json.loads(self._backend.to_str())
+        hidden = [token for token in content["added_tokens"] if token["special"] and token["content"] in names]
+        if not hidden:
+            return self
+        for token in hidden:
+            token["special"] = False
+        return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), self._config)
 
     def with_chat_template(self, template: str | Sequence[Mapping[str, str]]) -> Tokenizer:
         """This tokenizer with another ``chat_template`` in its ``tokenizer_config.json``: text, or named ones."""

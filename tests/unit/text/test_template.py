@@ -29,7 +29,7 @@ from tests.support.templates import (
     user,
 )
 
-V3, R1, V31 = (ChatTemplate.builtin(name) for name in BUILTIN_TEMPLATES)
+V3, R1, V31, V25 = (ChatTemplate.builtin(name) for name in BUILTIN_TEMPLATES)
 IM = ("<|im_start|>", "<|im_end|>")
 CALLED = (
     '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{"a": 1, "b": "é<2"}\n```'
@@ -82,13 +82,27 @@ def test_v3_calls_tools_and_hears_from_them() -> None:
     assert V3.render([user("?"), nothing_said]) == f"{BOS}<｜User｜>?<｜Assistant｜>{CALLED}{EOS}"
 
 
-@pytest.mark.parametrize("template", [V3, R1, V31], ids=BUILTIN_TEMPLATES)
+@pytest.mark.parametrize("template", [V3, R1, V31, V25], ids=BUILTIN_TEMPLATES)
 def test_tools_are_described_in_front(template: ChatTemplate) -> None:
     prompt = template.render([system("Be brief."), user("1+2?")], tools=[TOOL], add_generation_prompt=True)
     described, _, asked = prompt.partition("<｜User｜>")
     assert described.startswith(f"{BOS}Be brief.\n\n## Tools") and "Adds." in described and asked.startswith("1+2?")
-    assert json.dumps(TOOL["function"]["parameters"]) in described
+    assert "".join(json.dumps(TOOL["function"]["parameters"]).split()) in "".join(described.split())
     assert template.render([user("1+2?")], tools=[]) == template.render([user("1+2?")])
+
+
+def test_v25_describes_tools_as_published() -> None:
+    """The example of the model card."""
+    location = {"type": "string", "description": "The city and state, e.g. San Francisco, CA"}
+    function = {"name": "get_current_weather", "parameters": {"type": "object", "properties": {"location": location}}}
+    text = V25.render([system("You are a helpful Assistant."), user("?")], tools=[{"function": function}])
+    assert text == (
+        f"{BOS}You are a helpful Assistant.\n\n## Tools\n\n### Function\n\n"
+        "You have the following functions available:\n\n- `get_current_weather`:\n"
+        f"```json\n{json.dumps(function, indent=4)}\n```<｜User｜>?"
+    )
+    for messages in CONVERSATIONS.values():
+        assert V25.render(messages) == V3.render(messages)
 
 
 def test_v31_describes_tools_as_published() -> None:
@@ -150,7 +164,7 @@ def test_v31_calls_tools() -> None:
     )
 
 
-@pytest.mark.parametrize("template", [V3, R1, V31], ids=BUILTIN_TEMPLATES)
+@pytest.mark.parametrize("template", [V3, R1, V31, V25], ids=BUILTIN_TEMPLATES)
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_every_answer_is_learned_once_behind_the_prompt_that_asks_for_it(template: ChatTemplate, name: str) -> None:
     """What is learned stands where the model's own text will stand, in front of it the very prompt it is given."""
@@ -173,7 +187,7 @@ def test_every_answer_is_learned_once_behind_the_prompt_that_asks_for_it(templat
         assert message["content"].removeprefix("<think>").split("</think>")[-1] in text and text.endswith(EOS)
 
 
-@pytest.mark.parametrize("template", [V3, R1, V31], ids=BUILTIN_TEMPLATES)
+@pytest.mark.parametrize("template", [V3, R1, V31, V25], ids=BUILTIN_TEMPLATES)
 def test_weight_zero_is_not_learned(template: ChatTemplate) -> None:
     messages = [user("a"), assistant("b", weight=0), user("c"), assistant("d", weight=1)]
     texts = [text for parts in template.render_samples(messages) for text in learned(parts)]
@@ -181,7 +195,7 @@ def test_weight_zero_is_not_learned(template: ChatTemplate) -> None:
     assert template.render(messages) == template.render([{**m, "weight": 1} for m in messages])
 
 
-@pytest.mark.parametrize("template", [V3, R1, V31], ids=BUILTIN_TEMPLATES)
+@pytest.mark.parametrize("template", [V3, R1, V31, V25], ids=BUILTIN_TEMPLATES)
 def test_an_unfinished_message_is_left_open(template: ChatTemplate) -> None:
     messages = [user("a"), assistant("b", prefix=True)]
     for add_generation_prompt in (False, True):
