@@ -10,25 +10,14 @@
 
 #include "common.h"
 #include "exp.h"
+#include "operators.h"
 
 namespace abyssal {
 namespace {
 
 constexpr int64_t kForkValues = 1 << 15;  // below this, waking threads costs more than it gains
 
-struct Arguments {
-  const float* logits;  // (rows, experts), contiguous
-  const float* bias;    // (experts), or null
-  float* scores;        // (rows, experts)
-  int64_t* ids;         // (rows, top_k)
-  float* weights;       // (rows, top_k)
-  int64_t rows, experts, top_k, groups, kept_groups;
-  int64_t softmax, renormalise;
-  int64_t threads;
-  ForkFunction fork;
-  int64_t isa_limit;
-  double route_scale;
-};
+using Arguments = GateArguments;
 
 ABYSSAL_INLINE void sigmoid(const float* logits, int64_t count, float* scores) {
   for (int64_t i = 0; i < count; ++i) {
@@ -104,13 +93,8 @@ void choose_row(const Arguments& a, int64_t row, std::vector<float>& choice, std
 }
 
 }  // namespace
-}  // namespace abyssal
 
-// Returns a Status.
-ABYSSAL_EXPORT int32_t abyssal_gate(const void* record) {
-  using namespace abyssal;
-  Arguments a;
-  std::memcpy(&a, record, sizeof(a));
+Status gate(const Arguments& a) {
   const bool fits = a.rows >= 0 && a.experts > 0 && a.top_k > 0 && a.top_k <= a.experts && a.groups > 0 &&
                     a.experts % a.groups == 0 && a.kept_groups > 0 && a.kept_groups <= a.groups;
   if (!fits) return kBadShape;
@@ -130,4 +114,13 @@ ABYSSAL_EXPORT int32_t abyssal_gate(const void* record) {
   };
   parallel_for(a.rows, 4 * a.threads, a.rows * a.experts < kForkValues ? 1 : a.threads, a.fork, work);
   return kOk;
+}
+
+}  // namespace abyssal
+
+// Returns a Status.
+ABYSSAL_EXPORT int32_t abyssal_gate(const void* record) {
+  abyssal::GateArguments a;
+  std::memcpy(&a, record, sizeof(a));
+  return abyssal::gate(a);
 }

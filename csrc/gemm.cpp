@@ -14,6 +14,7 @@
 #include "axpy.h"
 #include "common.h"
 #include "dot.h"
+#include "operators.h"
 
 namespace abyssal {
 namespace {
@@ -26,19 +27,7 @@ constexpr int64_t kForkBytes = 1 << 20;     // of W: below this, and
 constexpr int64_t kForkProducts = 1 << 22;  // below this, waking threads costs more than it gains
 constexpr size_t kKeptFloats = 1 << 20;     // scratch kept between calls, at most
 
-struct Arguments {  // followed by num_groups counts of rows
-  const char* w;
-  const char* x;
-  char* y;  // (rows, num_outputs), contiguous
-  int64_t w_dtype, x_dtype, y_dtype;
-  int64_t num_groups, num_outputs, size;
-  int64_t x_stride;     // from row to row; values of a row are contiguous
-  int64_t slot_stride;  // from group to group of W
-  int64_t line_stride;  // from output to output or, transposed, from input to input
-  int64_t transposed, threads;
-  ForkFunction fork;
-  int64_t isa_limit;
-};
+using Arguments = GemmArguments;
 
 struct Item {
   int64_t group, row, num_rows, output, num_outputs;
@@ -135,17 +124,9 @@ Status check(const Arguments& a, const int64_t* counts) {
 }
 
 }  // namespace
-}  // namespace abyssal
 
-// Returns a Status.
-ABYSSAL_EXPORT int32_t abyssal_gemm(const void* record) {
-  using namespace abyssal;
-  Arguments a;
-  std::memcpy(&a, record, sizeof(a));
-  thread_local std::vector<int64_t> counts;
-  counts.resize(static_cast<size_t>(std::max<int64_t>(a.num_groups, 0)));
-  if (!counts.empty()) std::memcpy(counts.data(), static_cast<const char*>(record) + sizeof(a), counts.size() * 8);
-  const Status status = check(a, counts.data());
+Status gemm(const Arguments& a, const int64_t* counts) {
+  const Status status = check(a, counts);
   if (status != kOk || a.num_outputs == 0) return status;
 
   const Isa isa = choose_isa(a.isa_limit);
@@ -153,7 +134,7 @@ ABYSSAL_EXPORT int32_t abyssal_gemm(const void* record) {
   const Dot dot = a.transposed ? in_order() : choose_dot(isa, a.w_dtype, a.x_dtype);
   thread_local std::vector<Item> kept_items;
   thread_local std::vector<float> packed;
-  const int64_t num_rows = make_items(a, counts.data(), a.transposed ? axpy.max_rows : dot.max_rows, kept_items);
+  const int64_t num_rows = make_items(a, counts, a.transposed ? axpy.max_rows : dot.max_rows, kept_items);
   const Rows x = rows_for(a, dot, num_rows, packed);
   const Item* items = kept_items.data();  // the workers must not see their own thread_local items
   const int64_t num_items = static_cast<int64_t>(kept_items.size());
@@ -161,10 +142,23 @@ ABYSSAL_EXPORT int32_t abyssal_gemm(const void* record) {
   const auto work = [=, &dot, &axpy](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) multiply(a, items[item], isa, dot, axpy, x);
   };
-  const int64_t busy = a.num_groups - std::count(counts.begin(), counts.end(), 0);
+  const int64_t busy = a.num_groups - std::count(counts, counts + a.num_groups, 0);
   const int64_t weights = a.num_outputs * a.size;
   const bool small = busy * weights * bytes_of(a.w_dtype) < kForkBytes && num_rows * weights < kForkProducts;
   parallel_for(num_items, std::min(num_items, 8 * a.threads), small ? 1 : a.threads, a.fork, work);
   if (packed.capacity() > kKeptFloats) std::vector<float>().swap(packed);
   return kOk;
+}
+
+}  // namespace abyssal
+
+// Returns a Status.
+ABYSSAL_EXPORT int32_t abyssal_gemm(const void* record) {
+  using namespace abyssal;
+  GemmArguments a;
+  std::memcpy(&a, record, sizeof(a));
+  thread_local std::vector<int64_t> counts;
+  counts.resize(static_cast<size_t>(std::max<int64_t>(a.num_groups, 0)));
+  if (!counts.empty()) std::memcpy(counts.data(), static_cast<const char*>(record) + sizeof(a), counts.size() * 8);
+  return gemm(a, counts.data());
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "common.h"
+#include "operators.h"
 
 namespace abyssal {
 namespace {
@@ -13,17 +14,7 @@ namespace {
 constexpr int64_t kForkBytes = 1 << 20;  // below this, waking threads costs more than it gains
 constexpr int kSums = 16;                // partial sums of squares side by side
 
-struct Arguments {
-  const char* x;
-  const void* weight;
-  char* y;                        // (rows, width), contiguous
-  int64_t dtype, weight_dtype;    // of x and y; of weight
-  int64_t rows, width, x_stride;  // from row to row; values of a row are contiguous
-  int64_t threads;
-  ForkFunction fork;
-  int64_t isa_limit;
-  double eps;
-};
+using Arguments = RmsNormArguments;
 
 template <typename X, typename W>
 ABYSSAL_INLINE void normalise(const X* x, const W* weight, int64_t width, double eps, X* y) {
@@ -60,13 +51,8 @@ void run(const Arguments& a) {
 }
 
 }  // namespace
-}  // namespace abyssal
 
-// Returns a Status.
-ABYSSAL_EXPORT int32_t abyssal_rms_norm(const void* record) {
-  using namespace abyssal;
-  Arguments a;
-  std::memcpy(&a, record, sizeof(a));
+Status rms_norm(const Arguments& a) {
   if (!is_dtype(a.dtype) || !is_dtype(a.weight_dtype)) return kBadDtype;
   if (a.rows <= 0 || a.width <= 0) return a.rows < 0 || a.width < 0 ? kBadShape : kOk;
   if (!a.x || !a.weight || !a.y) return kNoStorage;
@@ -74,4 +60,13 @@ ABYSSAL_EXPORT int32_t abyssal_rms_norm(const void* record) {
   if (bf16) weight_bf16 ? run<uint16_t, uint16_t>(a) : run<uint16_t, float>(a);
   else weight_bf16 ? run<float, uint16_t>(a) : run<float, float>(a);
   return kOk;
+}
+
+}  // namespace abyssal
+
+// Returns a Status.
+ABYSSAL_EXPORT int32_t abyssal_rms_norm(const void* record) {
+  abyssal::RmsNormArguments a;
+  std::memcpy(&a, record, sizeof(a));
+  return abyssal::rms_norm(a);
 }

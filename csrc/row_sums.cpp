@@ -1,6 +1,7 @@
 // For each token the sum of its rows, gathered from anywhere: added in FP32 in the order given and rounded once.
 
 #include "common.h"
+#include "operators.h"
 
 namespace abyssal {
 namespace {
@@ -8,16 +9,7 @@ namespace {
 constexpr int64_t kForkBytes = 1 << 18;  // below this, waking threads costs more than it gains
 constexpr int64_t kBlock = 256;          // columns whose sums stay in registers and first-level cache
 
-struct Arguments {
-  const char* rows;      // (num_rows, width), contiguous
-  const int64_t* index;  // (tokens, choices): rows of each token
-  char* y;               // (tokens, width), contiguous
-  int64_t dtype;
-  int64_t num_rows, width, tokens, choices;
-  int64_t threads;
-  ForkFunction fork;
-  int64_t isa_limit;
-};
+using Arguments = RowSumsArguments;
 
 template <typename X>
 ABYSSAL_INLINE void add_up(const X* rows, const int64_t* index, int64_t width, int64_t choices, X* y) {
@@ -48,13 +40,8 @@ void run(const Arguments& a) {
 }
 
 }  // namespace
-}  // namespace abyssal
 
-// Returns a Status.
-ABYSSAL_EXPORT int32_t abyssal_row_sums(const void* record) {
-  using namespace abyssal;
-  Arguments a;
-  std::memcpy(&a, record, sizeof(a));
+Status row_sums(const Arguments& a) {
   if (!is_dtype(a.dtype)) return kBadDtype;
   if (a.tokens <= 0 || a.width <= 0) return a.tokens < 0 || a.width < 0 ? kBadShape : kOk;
   if (a.choices < 0) return kBadShape;
@@ -63,4 +50,13 @@ ABYSSAL_EXPORT int32_t abyssal_row_sums(const void* record) {
     if (a.index[i] < 0 || a.index[i] >= a.num_rows) return kBadSlot;
   a.dtype == kBFloat16 ? run<uint16_t>(a) : run<float>(a);
   return kOk;
+}
+
+}  // namespace abyssal
+
+// Returns a Status.
+ABYSSAL_EXPORT int32_t abyssal_row_sums(const void* record) {
+  abyssal::RowSumsArguments a;
+  std::memcpy(&a, record, sizeof(a));
+  return abyssal::row_sums(a);
 }

@@ -8,22 +8,14 @@
 
 #include "common.h"
 #include "exp.h"
+#include "operators.h"
 
 namespace abyssal {
 namespace {
 
 constexpr int64_t kForkValues = 1 << 16;  // below this, waking threads costs more than it gains
 
-struct Arguments {
-  const char* gate_up;  // (rows, 2 * width): gate, then up
-  const void* weights;  // (rows), contiguous, or null
-  char* y;              // (rows, width), contiguous
-  int64_t dtype, weights_dtype;
-  int64_t rows, width, stride;  // from row to row of gate_up
-  int64_t threads;
-  ForkFunction fork;
-  int64_t isa_limit;
-};
+using Arguments = SwigluArguments;
 
 template <typename X>
 ABYSSAL_INLINE void row(const X* gate, const X* up, float weight, int64_t width, X* y) {
@@ -55,16 +47,20 @@ void run(const Arguments& a) {
 }
 
 }  // namespace
-}  // namespace abyssal
 
-// Returns a Status.
-ABYSSAL_EXPORT int32_t abyssal_swiglu(const void* record) {
-  using namespace abyssal;
-  Arguments a;
-  std::memcpy(&a, record, sizeof(a));
+Status swiglu(const Arguments& a) {
   if (!is_dtype(a.dtype) || !is_dtype(a.weights_dtype)) return kBadDtype;
   if (a.rows <= 0 || a.width <= 0) return a.rows < 0 || a.width < 0 ? kBadShape : kOk;
   if (!a.gate_up || !a.y) return kNoStorage;
   a.dtype == kBFloat16 ? run<uint16_t>(a) : run<float>(a);
   return kOk;
+}
+
+}  // namespace abyssal
+
+// Returns a Status.
+ABYSSAL_EXPORT int32_t abyssal_swiglu(const void* record) {
+  abyssal::SwigluArguments a;
+  std::memcpy(&a, record, sizeof(a));
+  return abyssal::swiglu(a);
 }

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from abyssal.model.context import AttentionGroup
+from abyssal.model.context import AttentionGroup, PagedStep
 from abyssal.spec.model import ModelSpec
 
 
@@ -68,6 +68,8 @@ class CachedTokens:
     def write(self, layer: int, entries_TX: Tensor) -> Tensor:
         self._cache.store(layer, self._past, entries_TX)
         return entries_TX
+
+    paged: PagedStep | None = None
 
     def groups(self, layer: int, entries_TX: Tensor) -> Iterator[AttentionGroup]:
         seen = self._cache.read(layer, self._past + self._rows.stop)

@@ -27,7 +27,7 @@ from torch import Tensor
 from abyssal.cache.pages import PAGE
 from abyssal.kernels.fp8_entries import read_entries, write_entries
 from abyssal.kernels.latent_attention import PageTable
-from abyssal.model.context import AttentionGroup, PagedGroup
+from abyssal.model.context import AttentionGroup, PagedGroup, PagedStep
 from abyssal.spec.model import LatentAttentionSpec, ModelSpec
 
 PageDtype = Literal["model", "fp8"]
@@ -169,6 +169,9 @@ class PagedBatch:
                 rows = slice(begin, begin + sum(part.num_tokens for part in group))
                 self._groups.append((rows, _table(group) if paged else _Copied(group[0], self._slots_of(group[0]))))
                 begin = rows.stop
+        tables = [where for _, where in self._groups if isinstance(where, PageTable)]
+        alone = len(tables) == len(self._groups) == 1
+        self.paged = PagedStep(cache.entries_PLSX, self._new_slots_T, tables[0]) if alone else None
 
     def _slots_of(self, part: PagedTokens) -> Tensor:
         """Rows of :meth:`PagedCache.layer` that hold positions 0 .. start + num_tokens."""

@@ -22,7 +22,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 """What ``abyssal_abi_version()`` in ``csrc/`` must answer."""
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -45,6 +45,8 @@ FUNCTIONS = (
     "abyssal_prefill_attention",
     "abyssal_adamw",
     "abyssal_gate",
+    "abyssal_rotate",
+    "abyssal_layer",
     "abyssal_fp8_write",
     "abyssal_fp8_read",
 )

@@ -59,6 +59,7 @@ class LatentAttention(nn.Module):
         assert isinstance(spec.attention, LatentAttentionSpec)
         self.sizes = sizes = spec.attention
         self.scale = softmax_scale(spec)
+        self.rope_interleaved = spec.rope_interleaved
         self.forgets_norms = "norm" in recipe.recompute
         self.forgets_up_projections = "up_projection" in recipe.recompute
         hidden, heads, entry = spec.hidden_size, sizes.num_heads, recipe.projection

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from abyssal.model.attention import build_attention
 from abyssal.model.experts import FFN, MoE
+from abyssal.model.native_layer import NativeLayer
 from abyssal.model.norm import RMSNorm
 from abyssal.model.stages import StageIO, run_stages
 from abyssal.model.step import Step
@@ -41,6 +42,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = layer
+        self.native = NativeLayer()
         self.forgets_norms = "norm" in recipe.recompute
         self.attention_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, device, dtype)
         self.attention = build_attention(spec, recipe, device, dtype)
@@ -53,8 +55,9 @@ class Block(nn.Module):
             self.ffn = MoE(spec, recipe, placement, device, dtype)
 
     def forward(self, x_TD: Tensor, step: Step) -> Tensor:
-        """The stages in a row."""
-        return run_stages(self, x_TD, step)
+        """The stages in a row, as one native call where that is the same."""
+        y_TD = None if torch.is_grad_enabled() else self.native.run(self, x_TD, step)
+        return run_stages(self, x_TD, step) if y_TD is None else y_TD
 
     def attention_in(self, io: StageIO, step: Step) -> StageIO:
         """Norm, projections, rotation, cache write."""

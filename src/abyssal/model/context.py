@@ -49,11 +49,23 @@ class PagedGroup:
     absorbed: ClassVar[bool] = True
 
 
+@dataclass(frozen=True)
+class PagedStep:
+    """A step whose tokens all decode over the pages of a cache: one :class:`PagedGroup` in every layer."""
+
+    entries_PLSX: Tensor
+    slots_T: Tensor
+    """int64: row of a layer that each token writes, counted in entries from the layer's first page."""
+    table: PageTable
+
+
 class AttentionContext(Protocol):
     """What a step hands to attention."""
 
     positions_T: Tensor
     """Position of each token in its sequence, int64."""
+    paged: PagedStep | None
+    """The step as a native layer takes it, where all its tokens decode over pages."""
 
     def write(self, layer: int, entries_TX: Tensor) -> Tensor:
         """Store this step's entries of ``layer``; return what :meth:`groups` is to be given (itself, without cache)."""
@@ -90,6 +102,7 @@ class PackedBatch:
                 f"positions_T: shape {tuple(positions_T.shape)} does not fit sequences of {sum(lengths)} tokens in all"
             )
         self.lengths = tuple(lengths)
+        self.paged: PagedStep | None = None
         self.positions_T = positions_T
         self.absorbed = absorbed
 

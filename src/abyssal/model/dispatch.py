@@ -89,11 +89,11 @@ class SlotMap:
         self.num_slots = placement.num_slots
         self._slots_ER = torch.tensor(padded, device=device)
         self._counts_E = torch.tensor([len(slots) for slots in replicas], device=device)
-        self._identity = placement.is_identity
+        self.is_identity = placement.is_identity
 
     def __call__(self, expert_ids_TK: Tensor) -> Tensor:
         """(T, K) physical slots; token t takes replica t modulo the number of replicas."""
-        if self._identity:
+        if self.is_identity:
             return expert_ids_TK
         turns_T1 = torch.arange(len(expert_ids_TK), device=expert_ids_TK.device)[:, None]
         return self._slots_ER[expert_ids_TK, turns_T1 % self._counts_E[expert_ids_TK]]
@@ -107,7 +107,13 @@ class LocalDispatcher:
     """
 
     def __init__(self, placements: Mapping[int, Placement], device: torch.device | str | None = None) -> None:
+        self.placements = dict(placements)
+        self.device = device
         self._slot_maps = {layer: SlotMap(placement, device) for layer, placement in placements.items()}
+
+    def is_identity(self, layer: int) -> bool:
+        """Whether every logical expert of ``layer`` has the slot of its number and no other."""
+        return self._slot_maps[layer].is_identity
 
     def plan(self, layer: int, expert_ids_TK: Tensor) -> DispatchPlan:
         slot_map = self._slot_maps[layer]

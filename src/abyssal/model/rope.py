@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abyssal.kernels.rotary import native as native_rotary
 from abyssal.spec.model import LatentAttentionSpec, ModelSpec, YarnSpec
 
 
@@ -61,15 +62,23 @@ def _magnitude(yarn: YarnSpec | None) -> float:
     return _yarn_m(yarn.factor, 1.0)
 
 
-def rotation(spec: ModelSpec, positions_T: Tensor, dtype: torch.dtype) -> Rotation:
-    """The rotation of each position, computed in FP64 so that positions beyond 100K keep their angle."""
-    angles = positions_T.to(torch.float64)[:, None] * rope_frequencies(spec, positions_T.device)
+def rotation(spec: ModelSpec, positions_T: Tensor, dtype: torch.dtype, frequencies: Tensor | None = None) -> Rotation:
+    """The rotation of each position, computed in FP64 so that positions beyond 100K keep their angle.
+
+    ``frequencies`` are those of :func:`rope_frequencies`, from a caller that has kept them."""
+    if frequencies is None:
+        frequencies = rope_frequencies(spec, positions_T.device)
+    angles = positions_T.to(torch.float64)[:, None] * frequencies
     wide, scale = torch.promote_types(dtype, torch.float32), _magnitude(spec.yarn)
     return Rotation(torch.polar(torch.full_like(angles, scale), angles).to(wide.to_complex()), spec.rope_interleaved)
 
 
 def apply_rotation(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate the last axis of ``x``, (T, R) or (T, H, R); computed in FP32 at least, rounded once."""
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        y = native_rotary(x, rotation.turns, rotation.interleaved)
+        if y is not None:
+            return y
     turns = rotation.turns if x.dim() == 2 else rotation.turns[:, None]
     wide = x.to(turns.real.dtype)
     if rotation.interleaved:

@@ -20,7 +20,7 @@ from abyssal.model.context import AttentionContext, PackedBatch
 from abyssal.model.dispatch import Dispatcher, LocalDispatcher
 from abyssal.model.mtp import MTPModule
 from abyssal.model.norm import RMSNorm
-from abyssal.model.rope import rotation
+from abyssal.model.rope import rope_frequencies, rotation
 from abyssal.model.step import Step
 from abyssal.precision.linear import Linear, linear
 from abyssal.precision.recipe import Recipe
@@ -84,6 +84,8 @@ class Transformer(nn.Module):
             for depth in range(spec.mtp_depth)
         )
 
+        self._dispatcher: LocalDispatcher | None = None
+        self._frequencies: Tensor | None = None
         self._check_layers("placements", placements)
 
     def _check_layers(self, argument: str, by_layer: Mapping[int, object]) -> None:
@@ -118,12 +120,19 @@ class Transformer(nn.Module):
     def refresh(self, version: int) -> None:
         """The parameters were changed in place and are of ``version`` now: whatever a kernel made from them is void.
 
-        No kernel keeps anything yet: weights are read where they lie.
+        Only addresses are kept (``model/native_layer.py``), which this forgets; weights are read where they lie.
         """
+        for block in self.blocks():
+            block.native.forget()
 
     def local_dispatcher(self) -> LocalDispatcher:
         """The dispatcher of a single rank for the present placements."""
-        return LocalDispatcher(self.placements(), self.embed.weight.device)
+        placements, device = self.placements(), self.embed.weight.device
+        found = self._dispatcher
+        if found is None or found.device != device or found.placements != placements:
+            with torch.inference_mode(False):  # it outlives the pass that asked first
+                found = self._dispatcher = LocalDispatcher(placements, device)
+        return found
 
     def step(self, context: AttentionContext, dispatcher: Dispatcher | None = None, **fields: Any) -> Step:
         """A step over ``context``; every expert on this rank unless a dispatcher is given.
@@ -135,7 +144,11 @@ class Transformer(nn.Module):
         """
         self._check_layers("forced_routing", fields.get("forced_routing") or {})
         dispatcher = dispatcher or self.local_dispatcher()
-        return Step(context, dispatcher, rotation(self.spec, context.positions_T, self.embed.weight.dtype), **fields)
+        if self._frequencies is None or self._frequencies.device != context.positions_T.device:
+            with torch.inference_mode(False):
+                self._frequencies = rope_frequencies(self.spec, context.positions_T.device)
+        turns = rotation(self.spec, context.positions_T, self.embed.weight.dtype, self._frequencies)
+        return Step(context, dispatcher, turns, **fields)
 
     def embedded(self, tokens_T: Tensor) -> Tensor:
         """(T, D) in the recipe's activation dtype."""

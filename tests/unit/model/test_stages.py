@@ -91,6 +91,7 @@ class NoTokens:
     """The context of a rank that has no tokens in a step."""
 
     positions_T = torch.zeros(0, dtype=torch.long)
+    paged = None
 
     def __init__(self, absorbed: bool) -> None:
         self.absorbed = absorbed
