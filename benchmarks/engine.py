@@ -1,8 +1,8 @@
 """The engine beside transformers: decoding, prefill, service under load, the disk cache, speculation.
 
-    python benchmarks/engine.py [decode] [prefill] [traces] [speculation]      all of them by default
-        [--presets tiny small] [--dtypes fp32 bf16] [--repeats 5] [--requests 120] [--traces FOLDER] [--model FOLDER]
-        [--resume] [--results FOLDER | --docs] [--smoke]
+    python benchmarks/engine.py [decode] [prefill] [traces] [disk] [speculation]      all of them by default
+        [--presets tiny small] [--dtypes fp32 bf16] [--repeats 5] [--batches 1 8 32] [--requests 120]
+        [--traces FOLDER] [--model FOLDER] [--resume] [--results FOLDER | --docs] [--smoke]
 
 Each part prints a table a preset and dtype and saves it at once: RESULTS/engine-PART.json, a row a case with the
 commit, the machine and the load that it was measured under.  A row that is measured again takes the place of the old
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine_parts import decode, prefill, serving, speculation
+from engine_parts import decode, disk, prefill, serving, speculation
 from engine_parts.draw import draw_all
 from engine_parts.results import Results
 from engine_parts.setting import Case, Part, Setting
@@ -32,7 +32,7 @@ from support.peer import DTYPES
 from support.record import RESULTS, announce, header
 
 ROOT = Path(__file__).parents[1]
-PARTS = {module.PART.name: module.PART for module in (decode, prefill, serving, speculation)}
+PARTS = {module.PART.name: module.PART for module in (decode, prefill, serving, disk, speculation)}
 PRESETS = ("tiny", "small", "medium")
 
 
@@ -42,6 +42,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--presets", nargs="+", default=["tiny", "small"], choices=PRESETS)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=5, help="rounds after one to warm up")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="of decoding")
     parser.add_argument("--requests", type=int, default=120, help="of each load")
     parser.add_argument("--traces", type=Path, help="folder of the traces (shared/traces beside the repository)")
     parser.add_argument("--model", type=Path, default=Path("runs/engine-benchmark"), help="folder of the trained model")
@@ -73,7 +74,8 @@ def setting_of(chosen: argparse.Namespace, scratch: Path) -> Setting:
         model = chosen.model if chosen.model.exists() else scratch / "trained"
         return Setting(("tiny",), ("fp32",), 1, 8, scratch, model, traces, batches=(1, 2), smoke=True)
     presets, dtypes = tuple(chosen.presets), tuple(chosen.dtypes)
-    return Setting(presets, dtypes, chosen.repeats, chosen.requests, scratch, chosen.model, traces)
+    batches = tuple(chosen.batches)
+    return Setting(presets, dtypes, chosen.repeats, chosen.requests, scratch, chosen.model, traces, batches)
 
 
 def run(part: Part, setting: Setting, results: Results, resume: bool) -> None:

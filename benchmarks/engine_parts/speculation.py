@@ -1,4 +1,4 @@
-"""Speculation by the MTP module of a really trained model: tokens a second with 0 to 3 drafts.
+"""Speculation by the MTP module of a really trained model: tokens a second with 0 to 3 drafts, and as it chooses.
 
 Prompts are beginnings of held-out documents, so that drafts are accepted as often as on text of its kind.
 """
@@ -19,8 +19,9 @@ from abyssal.engine.messages import Request, SamplingParams
 from .setting import DTYPES, Case, Part, Setting
 from .trained import trained_model
 
-DRAFTS = (0, 1, 2, 3)
-PROMPT, NEW = 128, 128
+DRAFTS = (0, 1, 2, 3, "auto")
+PROMPT, NEW = 32, 96
+"""Together as long as what the model was trained on."""
 BATCHES = (1, 8)
 TEMPERATURES = (0.0, 0.7)
 
@@ -72,7 +73,7 @@ def _batch(model: Any, prompts: Sequence[tuple[int, ...]], case: Case, repeats: 
         "batch": len(prompts),
         "tokens_per_second": rates,
         "gain": {name: statistics.median(values) / plain for name, values in rates.items()},
-        "acceptance": {name: engine.draft_acceptance for name, engine in engines.items()},
+        "acceptance": {name: engine.draft_statistics.acceptance for name, engine in engines.items()},
     }
 
 
@@ -87,16 +88,14 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
 
 
 def lines(row: dict[str, Any]) -> list[str]:
-    """A table: drafts, tokens a second, gain, acceptance."""
+    """A table: drafts, tokens a second, gain, acceptance by position."""
     text = [f"{row['preset']} {row['dtype']}, temperature {row['temperature']:g}, prompts of held-out text"]
-    text.append(f"{'batch':>5} {'drafts':>6} {'tokens/s':>9} {'gain':>6}   accepted")
+    text.append(f"{'batch':>5} {'drafts':>6} {'tokens/s':>9} {'gain':>6}   accepted, by position")
     for each in row["batches"]:
         for name, values in each["tokens_per_second"].items():
-            accepted = each["acceptance"][name]
-            shown = "-" if accepted is None else f"{accepted:.1%}"
-            text.append(
-                f"{each['batch']:5} {name:>6} {statistics.median(values):9.1f} {each['gain'][name]:6.2f}   {shown}"
-            )
+            accepted = " ".join(f"{share:.1%}" for share in each["acceptance"][name]) or "-"
+            rate, gain = statistics.median(values), each["gain"][name]
+            text.append(f"{each['batch']:5} {name:>6} {rate:9.1f} {gain:6.2f}   {accepted}")
     return text
 
 
