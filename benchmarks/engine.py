@@ -16,38 +16,33 @@ docs/results instead of benchmarks/results.  ``--smoke`` runs everything on tiny
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from engine_parts import decode, disk, prefill, serving, speculation
-from engine_parts.draw import draw_all
-from engine_parts.results import Results
-from engine_parts.setting import Case, Part, Setting
-from support.peer import DTYPES
-from support.record import RESULTS, announce, header
+if TYPE_CHECKING:
+    from engine_parts.setting import Setting
 
 ROOT = Path(__file__).parents[1]
-PARTS = {module.PART.name: module.PART for module in (decode, prefill, serving, disk, speculation)}
+PARTS = ("decode", "prefill", "traces", "disk", "speculation")
 PRESETS = ("tiny", "small", "medium")
+DTYPES = ("fp32", "bf16")
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; by default all")
     parser.add_argument("--presets", nargs="+", default=["tiny", "small"], choices=PRESETS)
-    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--repeats", type=int, default=5, help="rounds after one to warm up")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="of decoding")
     parser.add_argument("--requests", type=int, default=120, help="of each load")
     parser.add_argument("--traces", type=Path, help="folder of the traces (shared/traces beside the repository)")
     parser.add_argument("--model", type=Path, default=Path("runs/engine-benchmark"), help="folder of the trained model")
     parser.add_argument("--resume", action="store_true", help="leave out what this commit has saved already")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON and PNG files")
+    parser.add_argument("--results", type=Path, help="folder of the JSON and PNG files (benchmarks/results)")
     parser.add_argument("--docs", action="store_true", help="save in docs/results")
     parser.add_argument("--draw", action="store_true", help="measure nothing: draw what is saved")
     parser.add_argument("--smoke", action="store_true", help="does everything run? in a folder of its own")
@@ -55,11 +50,19 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in chosen.parts:
         if name not in PARTS:
             parser.error(f"there is no part {name!r}; choose among {', '.join(PARTS)}")
-    if chosen.repeats < 1 or chosen.requests < 8:
-        parser.error("--repeats must be at least 1 and --requests at least 8")
+    if min(chosen.repeats, *chosen.batches) < 1 or chosen.requests < 8:
+        parser.error("--repeats and --batches must be at least 1, --requests at least 8")
     if chosen.traces is not None and not chosen.traces.is_dir():
         parser.error(f"--traces: {chosen.traces} is no folder")
+    if chosen.docs and chosen.results is not None:
+        parser.error("--docs and --results name two folders; give one")
     return chosen
+
+
+def results_folder(chosen: argparse.Namespace) -> Path:
+    """Where files are saved."""
+    folder = ROOT / "docs" / "results" if chosen.docs else chosen.results or ROOT / "benchmarks" / "results"
+    return folder / "smoke" if chosen.smoke else folder
 
 
 def traces_folder(named: Path | None) -> Path | None:
@@ -69,44 +72,30 @@ def traces_folder(named: Path | None) -> Path | None:
 
 
 def setting_of(chosen: argparse.Namespace, scratch: Path) -> Setting:
+    from engine_parts.setting import Setting
+
     traces = traces_folder(chosen.traces)
     if chosen.smoke:
         model = chosen.model if chosen.model.exists() else scratch / "trained"
         return Setting(("tiny",), ("fp32",), 1, 8, scratch, model, traces, batches=(1, 2), smoke=True)
-    presets, dtypes = tuple(chosen.presets), tuple(chosen.dtypes)
-    batches = tuple(chosen.batches)
+    presets, dtypes, batches = tuple(chosen.presets), tuple(chosen.dtypes), tuple(chosen.batches)
     return Setting(presets, dtypes, chosen.repeats, chosen.requests, scratch, chosen.model, traces, batches)
-
-
-def run(part: Part, setting: Setting, results: Results, resume: bool) -> None:
-    """Measure and save every case of a part."""
-    print(f"\n== {part.title}", flush=True)
-    for case in part.cases(setting):
-        about = header()
-        if resume and results.has(part.name, case, about["commit"]):
-            print(f"\n{_named(case)}: was there", flush=True)
-            continue
-        start = time.perf_counter()
-        row: dict[str, Any] = {**about, **part.measure(case, setting)}
-        row["load_after"], row["seconds_of_measuring"] = round(os.getloadavg()[0], 2), time.perf_counter() - start
-        results.add(part.name, case, row)
-        print("", *part.lines(row), sep="\n", flush=True)
-
-
-def _named(case: Case) -> str:
-    return ", ".join(str(value) for value in case.values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     chosen = arguments(argv)
-    folder = ROOT / "docs" / "results" if chosen.docs else chosen.results
-    results = Results(folder / "smoke" if chosen.smoke else folder)
+    from engine_parts.draw import draw_all
+    from engine_parts.results import Results
+
+    results = Results(results_folder(chosen))
     if not chosen.draw:
+        from engine_parts.run import run_part
+        from support.record import announce, header
+
         announce(header())
         with tempfile.TemporaryDirectory() as scratch:
-            setting = setting_of(chosen, Path(scratch))
             for name in chosen.parts or PARTS:
-                run(PARTS[name], setting, results, chosen.resume)
+                run_part(name, setting_of(chosen, Path(scratch)), results, chosen.resume)
     for path in draw_all(results):
         print(f"saved {path}")
     return 0

@@ -12,6 +12,7 @@ from abyssal.train.plot import save_png
 from .results import Results
 
 BLUE, ORANGE, GREEN, GREY, LIGHT = "#2563a8", "#d9731a", "#2e8b57", "#6b7280", "#c3c9d2"
+SERIES = (BLUE, "#7fa8d6", ORANGE, "#efb686", GREEN, "#8fc4a6", GREY, LIGHT)
 Row = dict[str, Any]
 
 
@@ -134,9 +135,7 @@ def _colour(server: str) -> str:
 
 def disk_figure(rows: Sequence[Row]) -> Any:
     """First token of a long shared prefix: transformers, cold, disk, its bound, memory."""
-    figure, (panels,) = _figure(
-        len(rows), f"First token of a prompt with {rows[0]['prefix']:,} tokens seen before", 3.6
-    )
+    figure, (panels,) = _figure(len(rows), f"First token after {rows[0]['prefix']:,} tokens seen before", 4.0)
     for axes, row in zip(panels, rows, strict=True):
         medians = {kind: statistics.median(values) * 1e3 for kind, values in row["seconds"].items()}
         theirs = statistics.median(row["transformers_seconds"][row["best_peer"]]) * 1e3
@@ -151,6 +150,8 @@ def disk_figure(rows: Sequence[Row]) -> Any:
         drawn = axes.bar(range(len(bars)), values, 0.7, color=[colour for _, colour in bars.values()])
         _label(axes, drawn, [f"{value:,.0f}" if value >= 10 else f"{value:.1f}" for value in values])
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.margins(y=0.12)
         axes.set_xticks(range(len(bars)), list(bars), rotation=40, ha="right", fontsize=8)
         title = f"{row['preset']} {row['dtype']}: disk {row['sooner_than_cold']:.1f} × sooner"
@@ -159,26 +160,26 @@ def disk_figure(rows: Sequence[Row]) -> Any:
 
 
 def speculation_figure(rows: Sequence[Row]) -> Any:
-    """Gain by the number of drafts, and how many are accepted."""
-    figure, (panels,) = _figure(2, "Speculation by a trained MTP module", 5.6)
-    left, right = panels
+    """Gain by the number of drafts, and how many are accepted at each position of the longest row of drafts."""
+    figure, ((left, right),) = _figure(2, "Speculation by a trained MTP module", 5.6)
     series = [(row, each) for row in rows for each in row["batches"]]
-    names = list(rows[0]["batches"][0]["gain"])
+    names = list(series[0][1]["gain"])
+    most = max(names, key=lambda name: len(series[0][1]["acceptance"][name]))
     width = 0.8 / len(series)
-    colours = (BLUE, "#7fa8d6", ORANGE, "#efb686", GREEN, "#8fc4a6", GREY, LIGHT)
-    for offset, ((row, each), colour) in enumerate(zip(series, colours, strict=False)):
-        places = [number + (offset - (len(series) - 1) / 2) * width for number in range(len(names))]
+    for offset, ((row, each), colour) in enumerate(zip(series, SERIES, strict=False)):
+        shift = (offset - (len(series) - 1) / 2) * width
         how = "greedy" if not row["temperature"] else f"temperature {row['temperature']:g}"
         label = f"{row['dtype']}, {how}, batch {each['batch']}"
-        left.bar(places, [each["gain"][name] for name in names], width * 0.92, color=colour, label=label)
-        accepted = [each["acceptance"][name] or 0.0 for name in names]
-        right.bar(places, accepted, width * 0.92, color=colour)
+        gains = [each["gain"][name] for name in names]
+        left.bar([number + shift for number in range(len(names))], gains, width * 0.92, color=colour, label=label)
+        accepted = each["acceptance"][most]
+        right.bar([position + 1 + shift for position in range(len(accepted))], accepted, width * 0.92, color=colour)
     left.axhline(1, color=GREY, linewidth=1, linestyle="--")
+    left.set_xticks(range(len(names)), names)
     right.set_ylim(0, 1)
     right.yaxis.set_major_formatter("{x:.0%}")
-    for axes in (left, right):
-        axes.set_xticks(range(len(names)), names)
+    right.set_xticks(range(1, 1 + len(series[0][1]["acceptance"][most])))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     _plain(left, "tokens a second, times no drafts", "drafts a step", "gain")
-    _plain(right, "drafts accepted", "drafts a step", "share")
+    _plain(right, f"accepted, it and all before it, of {most} drafts a step", "position of the draft", "share")
     return figure
