@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Before anything imports torch.  The tests' models are too small to gain from a second thread, and threads that wait
@@ -16,6 +18,15 @@ from tests.support.worker_pool import WorkerPool
 
 if TYPE_CHECKING:
     from tests.support.trained_model import TrainedModel
+
+# Nothing that a test starts, here or in a process of its own, finds the user's context cache, or writes there; what
+# other programs keep beside it (fonts, compilers' outputs) stays where it is.
+_USERS_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+_OWN_CACHE = tempfile.TemporaryDirectory(prefix="abyssal-tests-")
+for _path in _USERS_CACHE.iterdir() if _USERS_CACHE.is_dir() else ():
+    if _path.name != "abyssal":
+        (Path(_OWN_CACHE.name) / _path.name).symlink_to(_path)
+os.environ["XDG_CACHE_HOME"] = _OWN_CACHE.name
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
     FOLDER/index.sqlite    which page lies where
     FOLDER/segments/       the pages
+    FOLDER/digests.json    digests of models' files
     FOLDER/lock            held while a process sets the folder up
 
 The folder and what is in it are the user's alone (mode 0700).  Any number of processes use it at once: each appends to
@@ -54,6 +55,12 @@ class CacheFolder:
     @property
     def lock(self) -> Path:
         return self.root / "lock"
+
+    @property
+    def digests(self) -> Path:
+        """What is remembered of models' files (:class:`~abyssal.cache.key.FileDigests`).  In here, where nobody else
+        can write: a false digest would let one model's pages pass for another's."""
+        return self.root / "digests.json"
 
     def exists(self) -> bool:
         return self.index.exists()

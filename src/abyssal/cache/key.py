@@ -7,20 +7,23 @@ can share a folder, and nobody can tell from a hit what another user wrote.
 
 Weights are known by a digest of their files.  It is computed once and remembered by device, inode, size and times of
 change, as git does, so that an engine starts without reading the model twice; a file that changed within the last two
-seconds is not remembered, since a change that follows at once might leave its times alone.
+seconds is not remembered, since a change that follows at once might leave its times alone.  Of a large model the first
+digest takes minutes: it may be stopped, and the files that were read whole are remembered then.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b, file_digest
 from pathlib import Path
+from typing import Any
 
 from abyssal.cache.prefix import KEY_BYTES, unit_keys
 from abyssal.cache.prefix import Path as ComputedBy
@@ -58,25 +61,47 @@ def model_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.safetensors"), folder / "config.json"])
 
 
+class Stopped(Exception):
+    """A digest was given up half-way."""
+
+
 class FileDigests:
-    """Digests of files' contents, remembered in the file ``memory``."""
+    """Digests of files' contents, remembered in the file ``memory``.
 
-    def __init__(self, memory: Path) -> None:
+    Args:
+        num_threads: that read files at a time; 1 reads them in the caller's own.
+    """
+
+    def __init__(self, memory: Path, num_threads: int = _THREADS) -> None:
         self._memory = memory
+        self._num_threads = num_threads
 
-    def of(self, files: Iterable[Path]) -> str:
+    def of(self, files: Iterable[Path], stopped: Callable[[], bool] = lambda: False) -> str:
         """One digest of all ``files``, their names and contents.
+
+        Args:
+            stopped: asked often; true gives up.
 
         Raises:
             OSError: a file cannot be read.
+            Stopped: on request.
         """
         files = sorted(files)
         remembered = self._load()
         found: dict[str, str] = {}
-        with ThreadPoolExecutor(_THREADS) as threads:
-            digests = list(threads.map(lambda path: _digest(path, remembered, found), files))
-        if found.items() - remembered.items():
-            self._save({**remembered, **found})
+
+        def digest(path: Path) -> str:
+            return _digest(path, remembered, found, stopped)
+
+        try:
+            if self._num_threads == 1:
+                digests = [digest(path) for path in files]
+            else:
+                with ThreadPoolExecutor(self._num_threads) as threads:
+                    digests = list(threads.map(digest, files))
+        finally:
+            if found.items() - remembered.items():
+                self._save({**remembered, **found})
         names = [path.name for path in files]
         return blake2b(json.dumps([names, digests]).encode(), digest_size=KEY_BYTES).hexdigest()
 
@@ -93,15 +118,30 @@ class FileDigests:
         partial = self._memory.with_name(f".{self._memory.name}.{os.getpid()}")
         try:
             self._memory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            partial.write_text(json.dumps(digests))
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(descriptor, "w", encoding="utf-8") as file:
+                json.dump(digests, file)
             os.replace(partial, self._memory)
         except OSError:  # costs the next start some time
             with suppress(OSError):
                 partial.unlink()
 
 
-def _digest(path: Path, remembered: dict[str, str], found: dict[str, str]) -> str:
-    with path.open("rb") as file:
+class _StoppableFile(io.FileIO):
+    """A file whose reading can be given up from another thread."""
+
+    def __init__(self, path: Path, stopped: Callable[[], bool]) -> None:
+        super().__init__(path)
+        self._stopped = stopped
+
+    def readinto(self, buffer: Any) -> int:
+        if self._stopped():
+            raise Stopped
+        return super().readinto(buffer)
+
+
+def _digest(path: Path, remembered: dict[str, str], found: dict[str, str], stopped: Callable[[], bool]) -> str:
+    with _StoppableFile(path, stopped) as file:
         status = os.fstat(file.fileno())
         identity = ":".join(
             map(str, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,13 +114,33 @@ class PagedCache:
         for source, target in pairs:
             self.entries_PLSX[target] = self.entries_PLSX[source]
 
-    def export_page(self, page: int) -> Tensor:
-        """(layers, 64, X), a contiguous copy."""
-        return self.entries_PLSX[page].clone()
+    def page_buffer(self, page: int) -> np.ndarray:
+        """A page's bytes: on the CPU the page's own memory, elsewhere a copy on the host (:meth:`put_buffer`)."""
+        return self.entries_PLSX[page].view(torch.uint8).cpu().numpy().reshape(-1)
 
-    def import_page(self, page: int, entries_LSX: Tensor) -> None:
-        """The reverse of :meth:`export_page`."""
-        self.entries_PLSX[page] = entries_LSX
+    def put_buffer(self, page: int, buffer: np.ndarray) -> None:
+        """Take over what was written to a page's buffer; on the CPU it is there already."""
+        if self.device.type != "cpu":
+            entries = self.entries_PLSX[page]
+            entries.copy_(torch.from_numpy(buffer).view(entries.dtype).view(entries.shape))
+
+    def export_layer(self, pages: Sequence[int], layer: int) -> Tensor:
+        """Entries of pages in one layer, (pages, 64, X): a copy."""
+        return self.entries_PLSX[list(pages), layer]
+
+    def import_layer(self, pages: Sequence[int], layer: int, entries_PSX: Tensor) -> None:
+        """The reverse of :meth:`export_layer`.
+
+        Raises:
+            ValueError: entries of another shape or dtype.
+        """
+        wanted = (len(pages), *self.entries_PLSX.shape[2:])
+        if tuple(entries_PSX.shape) != wanted or entries_PSX.dtype != self.entries_PLSX.dtype:
+            raise ValueError(
+                f"entries_PSX: {tuple(entries_PSX.shape)} of {entries_PSX.dtype} do not fit pages of {wanted} of "
+                f"{self.entries_PLSX.dtype}"
+            )
+        self.entries_PLSX[list(pages), layer] = entries_PSX.to(self.device)
 
 
 @dataclass(frozen=True)

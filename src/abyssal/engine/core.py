@@ -6,11 +6,13 @@ Nothing here waits or prints; who calls :meth:`Engine.step` (the offline API, a 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from abyssal.cache.paged import PagedCache, PageDtype
@@ -19,12 +21,15 @@ from abyssal.cache.prefix import PrefixCache
 from abyssal.engine.gain import DraftGain, DraftStatistics
 from abyssal.engine.limits import SchedulerConfig
 from abyssal.engine.live import LiveSequence
-from abyssal.engine.messages import Progress, Request, RequestOutput
+from abyssal.engine.messages import Path, Progress, Request, RequestOutput, StepPlan
+from abyssal.engine.moving import Arrival, PageMover
 from abyssal.engine.outputs import output_of
 from abyssal.engine.random import fresh_seed
 from abyssal.engine.runner import ModelRunner, cache_dtype
 from abyssal.engine.scheduler import Scheduler
-from abyssal.engine.structured import StructureCompiler, open_reasoning
+from abyssal.engine.stored import StoredPages
+from abyssal.engine.structured import Structure, StructureCompiler, open_reasoning
+from abyssal.engine.transfer import Exported, IncomingLayers, LayerPages, Prefilled, TensorBytes
 from abyssal.engine.weights import copy_weights
 from abyssal.model.transformer import Transformer
 from abyssal.text.tokenizer import Tokenizer
@@ -48,13 +53,31 @@ class EngineConfig:
     num_drafts: int | Literal["auto"] = 0
     """Tokens that the model's MTP modules draft for each sequence and step, to be verified in one pass; 0: none.
     ``auto``: as many as there are modules, as long as they make tokens come faster, which is measured."""
-    preemption: Literal["recompute"] = "recompute"
-    """What becomes of the pages of a preempted sequence."""
+    preemption: Literal["recompute", "offload"] = "recompute"
+    """What becomes of the pages of a preempted sequence: computed again, or written to the disk cache and read back."""
+    disk_cache: bool = True
+    """Keep pages on disk, for this engine later and for others of the same model: of an engine over a model folder."""
+    disk_cache_folder: str | None = None
+    """Where; by default ``~/.cache/abyssal/pages`` (``$XDG_CACHE_HOME``), which ``abyssal cache`` looks into."""
+    disk_cache_bytes: int | None = None
+    """How large it may become; by default a tenth of what is free on the disk, at most 64 GiB."""
     page_dtype: PageDtype = "model"
     """What pages hold: values in the activations' dtype, or FP8 codes with their scales, about half of BF16's bytes."""
 
 
 DEFAULT_CACHE_BYTES = 1 << 28
+IMPORT_SECONDS = 0.05
+"""How long a step that has nothing to compute waits for pages on their way."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A request that ended after its prompt, until its pages are released."""
+
+    number: int
+    live: LiveSequence
 
 
 class Engine:
@@ -63,6 +86,7 @@ class Engine:
     Args:
         tokenizer: for text, stop texts and structures; without one the engine works on token ids.
         clock: seconds, for deadlines.
+        stored: where pages are kept beyond this engine; its own, and whoever made it closes it.
     """
 
     def __init__(
@@ -71,6 +95,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         config: EngineConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
+        stored: StoredPages | None = None,
     ) -> None:
         config = config or EngineConfig()
         spec = model.spec
@@ -89,7 +114,13 @@ class Engine:
         num_drafts = self._num_drafts(model, config)
         self._gain = DraftGain(num_drafts, clock) if config.num_drafts == "auto" and num_drafts else None
         cache = PagedCache(spec, num_pages, cache_dtype(model), page_dtype=config.page_dtype)
-        self._runner = ModelRunner(model, cache, self._live, num_drafts)
+        self._cache, self._stored, self._clock = cache, stored, clock
+        self._held: dict[int, _Held] = {}
+        if stored is not None:
+            stored.bind(f"{cache.layout} mtp {min(len(model.mtp), num_drafts)}")
+        paths: tuple[Path, ...] = ("prompt",) if config.deterministic else ("prompt", "decode")
+        self._mover = PageMover(cache, self._live, stored, paths)
+        self._runner = ModelRunner(model, cache, self._live, self._mover, num_drafts)
         pool = PagePool(num_pages)
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -101,12 +132,19 @@ class Engine:
                 num_drafts=num_drafts,
                 draft_layers=num_drafts > 0,
                 deterministic=config.deterministic,
-                preemption=config.preemption,
+                preemption=self._preemption(config),
             ),
             pool,
             PrefixCache(pool) if config.prefix_cache else None,
             clock,
+            stored,
         )
+
+    def _preemption(self, config: EngineConfig) -> Literal["recompute", "offload"]:
+        if config.preemption == "offload" and self._stored is None:
+            logger.warning("preemption: without a disk cache nothing can be offloaded, so pages are computed again")
+            return "recompute"
+        return config.preemption
 
     @staticmethod
     def _num_drafts(model: Transformer, config: EngineConfig) -> int:
@@ -135,14 +173,10 @@ class Engine:
         Raises:
             ValueError: it can never run as it stands, saying why; others are not touched.
         """
-        params = request.params
-        seed = fresh_seed() if params.seed is None else params.seed
-        structure = None
-        if params.structured is not None:
-            if self._structures is None:
-                raise ValueError("structured: the model has no tokenizer, so its output has no text to be of a form")
-            waits_for = None if self._tokenizer is None else open_reasoning(self._tokenizer, request.prompt_ids)
-            structure = self._structures.compile(params.structured, waits_for)
+        self._add(request, fresh_seed() if request.params.seed is None else request.params.seed)
+
+    def _add(self, request: Request, seed: int) -> None:
+        structure = self._structure(request)
         completions = [
             LiveSequence(
                 request,
@@ -152,13 +186,21 @@ class Engine:
                 self._byte_strings,
                 None if structure is None else structure.fork(),
             )
-            for index in range(params.num_samples)
+            for index in range(request.params.num_samples)
         ]
         self.scheduler.add(request)
         self._requests[request.request_id] = completions
         for number, sequence in self.scheduler.sequences.items():
             if sequence.request is request:
                 self._live[number] = completions[sequence.index]
+
+    def _structure(self, request: Request) -> Structure | None:
+        if request.params.structured is None:
+            return None
+        if self._structures is None:
+            raise ValueError("structured: the model has no tokenizer, so its output has no text to be of a form")
+        waits_for = None if self._tokenizer is None else open_reasoning(self._tokenizer, request.prompt_ids)
+        return self._structures.compile(request.params.structured, waits_for)
 
     def cancel(self, request_id: int) -> None:
         """End a request with what it has, now or with the step that it is in."""
@@ -190,16 +232,26 @@ class Engine:
         """One step; the outputs of the requests that it changed, those that ended among them.  The others' are to be
         looked at before the next step (:class:`~abyssal.engine.outputs.GrowingOutput`).
 
-        Asleep, nothing is computed; requests that were cancelled, or whose deadline passed, still end.
+        Where nothing can be computed before pages have come from elsewhere, it waits for them, for a moment.  Asleep,
+        nothing is computed; requests that were cancelled, or whose deadline passed, still end.
         """
         if self._asleep:
             return self._outputs(self.scheduler.expire())
+        self._take_in(self._mover.arrivals())
+        self._mover.store(self.scheduler.take_prefixes())
         most_drafts = None if self._gain is None else self._gain.begin(self.scheduler.num_writing)
         plan = self.scheduler.plan(most_drafts)
+        begun = time.perf_counter()
         results = self._runner.collect(self._runner.launch(plan))
         if self._gain is not None:
             self._gain.end(plan, results)
-        return self._outputs(self.scheduler.update(plan, results))
+        self._note_rate(plan, time.perf_counter() - begun)
+        progress = self.scheduler.update(plan, results)
+        self._mover.store(self.scheduler.take_prefixes())
+        if not plan.chunks and self._mover.waiting:
+            self._take_in(self._mover.arrivals(IMPORT_SECONDS))
+            progress += self.scheduler.take_progress()
+        return self._outputs(progress)
 
     @property
     def weights_version(self) -> int:
@@ -228,6 +280,8 @@ class Engine:
         self._model.refresh(version)
         self._runner.weights_version = version
         self._drop_pages()
+        if self._stored is not None:
+            self._stored.change_weights(version)
         for live in self._live.values():
             live.change_weights()
 
@@ -254,6 +308,10 @@ class Engine:
             self._asleep = False
 
     def _drop_pages(self) -> None:
+        self.settle()
+        self._mover.store(self.scheduler.take_prefixes())
+        for request_id in list(self._held):
+            self.release_pages(request_id)
         self.scheduler.drop_pages()
         self._runner.forget_all()
 
@@ -265,11 +323,111 @@ class Engine:
                 del self._requests[request_id]
         return outputs
 
+    def _take_in(self, arrivals: Iterable[Arrival]) -> None:
+        for each in arrivals:
+            num_drafts = len(self._live[each.sequence].drafts) if each.keeps_drafts else 0
+            self.scheduler.imported(each.sequence, each.num_tokens, each.path, num_drafts)
+
+    def _note_rate(self, plan: StepPlan, seconds: float) -> None:
+        read = sum(chunk.num_tokens for chunk in plan.chunks if chunk.path == "prompt")
+        if self._stored is not None and 2 * read > plan.num_tokens:
+            self._stored.note_computed(read, seconds)
+
+    def settle(self) -> None:
+        """Wait for pages on their way: before the weights change or memory is given up."""
+        while self._mover.waiting:
+            self._take_in(self._mover.arrivals(IMPORT_SECONDS))
+
+    def close(self) -> None:
+        """Let go of threads, once what they do is done.  The engine can go on."""
+        self.settle()
+        self._mover.close()
+
+    def export_pages(self, request_id: int) -> Exported:
+        """A request that ended after its prompt (``prefill_only``), for another engine to go on with.
+
+        Its pages stay until :meth:`release_pages`.
+
+        Raises:
+            ValueError: no such request, or it ended for another reason.
+        """
+        number, live = self._held_request(request_id)
+        transfer = self.scheduler.export(number)
+        request = live.request
+        going_on = replace(
+            request,
+            prefill_only=False,
+            output_ids=tuple(live.tokens[live.num_prompt :]),
+            imported_tokens=transfer.num_tokens,
+            deadline=None,
+        )
+        prefilled = Prefilled(
+            going_on,
+            self._cache.layout,
+            self._cache.entries_PLSX.shape[1],
+            live.seed,
+            "prompt" if self.scheduler.sequences[number].prompt_path >= transfer.num_tokens else "decode",
+            live.cached_tokens,
+            None if request.deadline is None else request.deadline - self._clock(),
+            self._runner.draft_state(number),
+            tuple(live.logprobs),
+            tuple(live.prompt_logprobs) if request.params.prompt_logprobs is not None else (),
+            tuple(live.versions),
+            tuple(None if rows is None else TensorBytes.of(torch.from_numpy(rows)) for rows in live.experts),
+        )
+        return Exported(prefilled, transfer.pages, self._cache)
+
+    def release_pages(self, request_id: int) -> None:
+        """The pages of a prefilled request are no longer needed.
+
+        Raises:
+            ValueError: as :meth:`export_pages`.
+        """
+        number, _ = self._held_request(request_id)
+        del self._held[request_id], self._live[number]
+        self._runner.forget(number)
+        self.scheduler.release(number)
+
+    def _held_request(self, request_id: int) -> tuple[int, LiveSequence]:
+        held = self._held.get(request_id)
+        if held is None:
+            raise ValueError(f"request_id: {request_id} holds no pages: only a request that ended 'prefilled' does")
+        return held.number, held.live
+
+    def import_pages(self, prefilled: Prefilled, layers: Iterable[LayerPages], request_id: int | None = None) -> None:
+        """Go on with a request that another engine has prefilled.
+
+        Args:
+            layers: taken in a thread when the request begins; where they fail, its pages are computed here.
+            request_id: in this engine; by default the same.
+
+        Raises:
+            ValueError: pages of another layout, or what :meth:`add` raises.
+        """
+        if (prefilled.layout, prefilled.num_layers) != (self._cache.layout, self._cache.entries_PLSX.shape[1]):
+            raise ValueError(
+                f"layout: pages are {prefilled.layout!r} there and {self._cache.layout!r} here; "
+                "both engines need the same model, dtype and page_dtype"
+            )
+        deadline = None if prefilled.seconds_left is None else self._clock() + prefilled.seconds_left
+        number_there = prefilled.request.request_id
+        request = replace(
+            prefilled.request, request_id=number_there if request_id is None else request_id, deadline=deadline
+        )
+        self._add(request, prefilled.seed)
+        number = next(n for n, sequence in self.scheduler.sequences.items() if sequence.request is request)
+        self._live[number].resume(prefilled)
+        self._runner.resume_drafting(number, prefilled.draft)
+        self._mover.expect(number, IncomingLayers(layers, prefilled.num_layers, prefilled.path))
+
     def _apply(self, progress: Progress) -> int:
         live = self._requests[progress.request_id][progress.index]
-        live.cached_tokens = progress.cached_tokens
+        live.note_cached(progress.cached_tokens)
         if progress.finish_reason is not None:
             live.finish(progress.finish_reason, progress.detail)
-            self._live.pop(progress.sequence, None)
-            self._runner.forget(progress.sequence)
+            if progress.finish_reason == "prefilled":
+                self._held[progress.request_id] = _Held(progress.sequence, live)
+            else:
+                self._live.pop(progress.sequence, None)
+                self._runner.forget(progress.sequence)
         return progress.request_id

@@ -17,6 +17,7 @@ from abyssal.engine.random import fork_seed
 from abyssal.engine.sampler import Row
 from abyssal.engine.stop import OutputText
 from abyssal.engine.structured import Structure
+from abyssal.engine.transfer import Prefilled
 from abyssal.engine.verify import Drafted
 
 
@@ -69,10 +70,27 @@ class LiveSequence:
         self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.error = ""
+        self.seed = seed
+        self._cached_elsewhere = 0
         self._seed = fork_seed(seed, index)
         self._ends = (*(() if params.ignore_eos else ends), *params.stop_token_ids)
         self._structure = structure
+        if structure is not None and request.output_ids:
+            structure.advance(request.output_ids)
         self._history = TokenHistory(request.prompt_ids, request.output_ids) if has_penalty(params) else None
+
+    def resume(self, prefilled: Prefilled) -> None:
+        """Take over what another engine has noted while it computed the prompt."""
+        self._cached_elsewhere = self.cached_tokens = prefilled.cached_tokens
+        self.logprobs = list(prefilled.logprobs)
+        self.total_logprob = sum(each.logprob for each in self.logprobs)
+        self.prompt_logprobs = list(prefilled.prompt_logprobs) or self.prompt_logprobs
+        self.versions = list(prefilled.versions)
+        self.experts = [None if rows is None else rows.tensor().numpy() for rows in prefilled.experts]
+
+    def note_cached(self, num_tokens: int) -> None:
+        """Prompt tokens that came from a cache, here or where the prompt was computed."""
+        self.cached_tokens = max(num_tokens, self._cached_elsewhere)
 
     def drafted(self, num_drafts: int) -> Drafted:
         """What the rows of logits at its end are sampled by, the first ``num_drafts`` drafts to be verified.

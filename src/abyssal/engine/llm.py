@@ -18,8 +18,10 @@ import torch
 
 from abyssal.checkpoint.hf import load_model
 from abyssal.engine.core import Engine, EngineConfig
+from abyssal.engine.disk import open_disk_cache
 from abyssal.engine.messages import Request, RequestOutput, SamplingParams, TokenLogprobs
 from abyssal.engine.outputs import GrowingOutput
+from abyssal.engine.stored import StoredPages
 from abyssal.model.transformer import Transformer
 from abyssal.text.tokenizer import Tokenizer
 
@@ -33,9 +35,15 @@ class LLM:
         path: a model folder with its tokenizer; or a model, with ``tokenizer``.
         dtype: of weights and activations; the folder's by default.
         tokenizer: of a model that is in memory already; without one, prompts are token ids and outputs have no text.
+        stored: where pages are kept beyond this process; by default a model folder's are kept on disk, as ``config``
+            says, and those of a model in memory, whose weights nobody else knows, nowhere.  It is closed with the rest.
 
     Raises:
-        ValueError, FileNotFoundError: what :func:`~abyssal.checkpoint.hf.load_model` and the tokenizer raise.
+        ValueError, FileNotFoundError: what :func:`~abyssal.checkpoint.hf.load_model` and the tokenizer raise; a folder
+            for the disk cache that cannot be used.
+
+    :meth:`close` it, or use it in a ``with`` statement, to be sure that everything is on disk; the end of the process
+    does so too.
     """
 
     def __init__(
@@ -44,18 +52,42 @@ class LLM:
         dtype: torch.dtype | None = None,
         config: EngineConfig | None = None,
         tokenizer: Tokenizer | None = None,
+        stored: StoredPages | None = None,
     ) -> None:
+        config = config or EngineConfig()
         if isinstance(path, Transformer):
             self.model = path
+            if config.disk_cache_folder is not None and stored is None:
+                raise ValueError(
+                    "disk_cache_folder: the weights of a model in memory cannot be known again; give the folder of the "
+                    "model, or stored="
+                )
         else:
             tokenizer = Tokenizer.from_folder(path) if tokenizer is None else tokenizer
-            num_drafts = 0 if config is None else config.num_drafts
+            num_drafts = config.num_drafts
             self.model = load_model(path, dtype=dtype, mtp=None if num_drafts == "auto" else bool(num_drafts))
         if tokenizer is not None:
             tokenizer.check_fits(self.model.spec)
+            if not isinstance(path, Transformer) and stored is None and config.disk_cache:
+                stored = open_disk_cache(
+                    Path(path), self.model, tokenizer, config.disk_cache_folder, config.disk_cache_bytes
+                )
         self.tokenizer = tokenizer
-        self.engine = Engine(self.model, tokenizer, config)
+        self.stored = stored
+        self.engine = Engine(self.model, tokenizer, config, stored=stored)
         self._numbers = itertools.count()
+
+    def close(self) -> None:
+        """Write what is to be kept on disk, and end the threads.  Further calls work, without the disk."""
+        self.engine.close()
+        if self.stored is not None:
+            self.stored.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None

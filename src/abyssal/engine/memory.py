@@ -171,10 +171,13 @@ class SequenceMemory:
     def _on_disk(self, sequence: Sequence) -> int:
         if self._stored is None or sequence.request.params.whole_prompt:
             return 0
+        known = self._shareable(sequence)
+        most = (len(known) - 1) // PAGE * PAGE
+        if sequence.published >= most:  # memory has it all: the disk need not be asked
+            return 0
         if sequence.stored is None:
-            known = self._shareable(sequence)
             found = self._stored.lookup(known, sequence.request.namespace.encode(), self._paths)
-            sequence.stored = min(found, (len(known) - 1) // PAGE * PAGE)
+            sequence.stored = min(found, most)
         return sequence.stored
 
     def _shareable(self, sequence: Sequence) -> list[int]:

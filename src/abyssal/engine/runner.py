@@ -20,8 +20,10 @@ from abyssal.cache.paged import PagedBatch, PagedCache, PagedTokens
 from abyssal.engine.gain import DraftStatistics
 from abyssal.engine.live import LiveSequence
 from abyssal.engine.messages import Chunk, Sampled, StepPlan
+from abyssal.engine.moving import PageMover
 from abyssal.engine.sampler import as_rows
 from abyssal.engine.speculate import Advance, Drafter
+from abyssal.engine.transfer import DraftState
 from abyssal.engine.verify import Drafted, verify
 from abyssal.model.dispatch import LocalDispatcher
 from abyssal.model.router import Routing
@@ -56,15 +58,22 @@ class ModelRunner:
         model: held by reference; whoever changes its weights voids the cache.
         cache: pages that the plans name.
         live: the running sequences by number, as the engine keeps them.
+        mover: carries out exports and imports.
         num_drafts: tokens that the MTP modules draft for each sequence and step, at most; 0: the modules never run.
     """
 
     def __init__(
-        self, model: Transformer, cache: PagedCache, live: Mapping[int, LiveSequence], num_drafts: int = 0
+        self,
+        model: Transformer,
+        cache: PagedCache,
+        live: Mapping[int, LiveSequence],
+        mover: PageMover,
+        num_drafts: int = 0,
     ) -> None:
         self._model = model
         self._cache = cache
         self._live = live
+        self._mover = mover
         self._drafter = Drafter(model, cache, num_drafts) if num_drafts else None
         self._mixtures = [block for block in model.blocks() if block.placement is not None]
         self._placements: list[Placement | None] = []
@@ -75,8 +84,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
-        """Copies, then the pass."""
+        """Exports and copies, then the pass, while imports are on their way."""
+        self._mover.send(plan.exports)
         self._cache.copy_pages(plan.copies)
+        self._mover.fetch(plan.imports)
         if not plan.chunks:
             return Launched(plan, np.empty((0, 0), np.float32), ())
         tokens = [token for chunk in plan.chunks for token in self._tokens(chunk)]
@@ -139,6 +150,7 @@ class ModelRunner:
 
     def forget(self, sequence: int) -> None:
         """A sequence has ended."""
+        self._mover.forget(sequence)
         if self._drafter is not None:
             self._drafter.forget(sequence)
 
@@ -154,6 +166,16 @@ class ModelRunner:
     def allocate(self) -> None:
         """Take it again."""
         self._cache.allocate()
+
+    def draft_state(self, sequence: int) -> DraftState | None:
+        """Where drafting stands, for another engine to go on with; None without drafting."""
+        return None if self._drafter is None else self._drafter.state(sequence, self._live[sequence].drafts)
+
+    def resume_drafting(self, sequence: int, state: DraftState | None) -> None:
+        """Go on drafting where another engine stood."""
+        if self._drafter is not None and state is not None:
+            self._live[sequence].drafts = state.drafts
+            self._drafter.resume(sequence, state)
 
     def _sample(self, logits_TV: np.ndarray, sampling: list[tuple[int, slice]]) -> dict[int, Sampled]:
         results: dict[int, Sampled] = {}

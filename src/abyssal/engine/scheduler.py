@@ -266,9 +266,13 @@ class Scheduler:
                 self._end(sequence, reason, detail)
         return bool(sequences)
 
-    def imported(self, number: int, num_tokens: int | None = None, path: Path = "prompt") -> None:
+    def imported(self, number: int, num_tokens: int | None = None, path: Path = "prompt", num_drafts: int = 0) -> None:
         """The pages of an import are filled, with ``num_tokens`` of its tokens (None: all; the rest is computed), all
-        of which, and all before them, were computed by ``path``.  What a preemption took out keeps its own."""
+        of which, and all before them, were computed by ``path``.  What a preemption took out keeps its own.
+
+        Args:
+            num_drafts: that the runner now holds for the sequence's next step, if all its tokens came.
+        """
         sequence = self.sequences[number]
         transfer = sequence.transfer
         assert sequence.status is Status.IMPORTING and transfer is not None, sequence.number
@@ -276,6 +280,7 @@ class Scheduler:
         assert 0 <= num_tokens <= transfer.num_tokens, (num_tokens, transfer)
         self._memory.arrived(sequence, transfer, num_tokens, path)
         sequence.status, sequence.transfer = Status.RUNNING, None
+        sequence.num_drafts = num_drafts if num_tokens == transfer.num_tokens else 0
         sequence.charged = max(sequence.charged, sequence.computed)
         if transfer.kind == "stored":
             found = min(transfer.start + num_tokens, sequence.num_prompt)

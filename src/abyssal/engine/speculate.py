@@ -28,6 +28,7 @@ from abyssal.cache.pages import PAGE
 from abyssal.engine.live import LiveSequence
 from abyssal.engine.messages import Chunk
 from abyssal.engine.sampler import as_rows, sample_rows
+from abyssal.engine.transfer import DraftState, TensorBytes
 from abyssal.model.transformer import Transformer
 
 
@@ -76,6 +77,18 @@ class Drafter:
     def forget(self, sequence: int) -> None:
         """A sequence has ended."""
         self._tails.pop(sequence, None)
+
+    def state(self, sequence: int, drafts: tuple[int, ...]) -> DraftState:
+        """Where a sequence's drafting stands."""
+        tail = self._tails.get(sequence)
+        if tail is None:
+            return DraftState(drafts, 0, None)
+        return DraftState(drafts, tail.stop, TensorBytes.of(tail.hidden_TD))
+
+    def resume(self, sequence: int, state: DraftState) -> None:
+        """Go on where another engine's drafting stood; the drafts are the live sequence's."""
+        if state.hidden_TD is not None:
+            self._tails[sequence] = _Tail(state.stop, [state.hidden_TD.tensor().to(self._cache.device)])
 
     @torch.inference_mode()
     def advance(self, steps: Sequence[Advance], num_drafts: int) -> None:

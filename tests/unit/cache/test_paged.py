@@ -73,10 +73,11 @@ def test_pages_are_the_contiguous_cache(family: str) -> None:
 def test_pages_move_whole() -> None:
     cache = PagedCache(SMALL, 3, torch.float32)
     cache.entries_PLSX[1] = torch.randn(cache.entries_PLSX[1].shape)
-    page = cache.export_page(1)
+    page = cache.entries_PLSX[1].clone()
     assert page.nbytes == cache.page_bytes == (SMALL.num_layers + SMALL.mtp_depth) * PAGE * 24 * 4
     cache.copy_pages([(1, 0)])
-    cache.import_page(2, page)
+    cache.page_buffer(2)[:] = cache.page_buffer(1)
+    cache.put_buffer(2, cache.page_buffer(2))
     assert torch.equal(cache.entries_PLSX[0], page) and torch.equal(cache.entries_PLSX[2], page)
     cache.entries_PLSX[1] = 0
     assert not torch.equal(page, cache.entries_PLSX[1])
@@ -86,7 +87,7 @@ def test_fp8_pages_to_the_byte() -> None:
     """[FlashMLA's FP8 cache]: 512 codes, 4 scales, 64 values of rotary key."""
     v3 = preset("deepseek-v3")
     cache = PagedCache(v3, 1, torch.bfloat16, page_dtype="fp8")
-    assert cache.page_bytes == 62 * PAGE * 656 == cache.export_page(0).nbytes
+    assert cache.page_bytes == 62 * PAGE * 656 == cache.page_buffer(0).nbytes
     assert cache.page_bytes == PAGE * kv_cache_bytes_per_token(v3, include_mtp=True, fp8=True)
     assert PagedCache(SMALL, 1, torch.bfloat16, page_dtype="fp8").page_bytes == 3 * PAGE * (20 + 4 + 8)
     layouts = {PagedCache(SMALL, 1, dtype, page_dtype=name).layout for dtype in FLOATS for name in PAGE_DTYPES}
