@@ -94,7 +94,7 @@ class OutputParser:
             at = self._state(text, at, final)
         assert at == len(text) or not final, (self._state, text[at:])
         self._held = text[at:]
-        return merge(self._deltas)
+        return merge(self._deltas) if len(self._deltas) > 1 else self._deltas
 
     def _emit(self, kind: Callable[[str], Delta], text: str) -> None:
         if text:

@@ -24,19 +24,26 @@ class Tails:
     """Ends of a text that are held back, since they may be the beginning of something."""
 
     texts: frozenset[str]
+    firsts: frozenset[str]
+    """Their first characters, few and rare in other text."""
     longest: int
 
     @classmethod
     def of(cls, wholes: Sequence[str]) -> Tails:
         """Every true beginning of each of the texts."""
         texts = frozenset(whole[:end] for whole in wholes for end in range(1, len(whole)))
-        return cls(texts, max(map(len, wholes)) - 1)
+        return cls(texts, frozenset(whole[0] for whole in wholes), max(map(len, wholes)) - 1)
 
 
 def length_held(text: str, start: int, tails: Tails) -> int:
     """Length of the longest end of ``text[start:]`` that is a tail."""
-    most = min(tails.longest, len(text) - start)
-    return next((length for length in range(most, 0, -1) if text[-length:] in tails.texts), 0)
+    window = text[max(start, len(text) - tails.longest) :]
+    begins = [begin for first in tails.firsts if (begin := window.find(first)) >= 0]
+    if begins:
+        for begin in range(min(begins), len(window)):
+            if window[begin:] in tails.texts:
+                return len(window) - begin
+    return 0
 
 
 def after_literal(text: str, start: int, literal: str) -> int | Verdict:

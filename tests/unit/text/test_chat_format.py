@@ -71,7 +71,7 @@ def written(chat: ChatFormat, prompt: Prompt, answer: dict[str, Any], **options:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(content=spaced, calls=called, reasoning=spaced.filter(bool), thinks=st.booleans())
 def test_what_is_rendered_parses_to_the_message(
     name: str, content: str, calls: list[tuple[str, str]], reasoning: str, thinks: bool

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizers
 from llguidance import LLMatcher, LLTokenizer
 
 from abyssal.engine.messages import StructuredOutput
+from abyssal.engine.structured import StructureCompiler, open_reasoning
 from abyssal.text.chat_format import FORMATS, ChatFormat
 from abyssal.text.output_form import OutputForm, output_form, response_schema
 from abyssal.text.output_parser import parse_output
+from abyssal.text.template_parts import encode_parts
 from abyssal.text.tokenizer import EOS, Tokenizer, train_bpe
 from tests.support.chat_outputs import CALL_BEGIN, CALLS_BEGIN, CALLS_END, v3_call, v31_call
 from tests.support.templates import user
@@ -77,7 +80,7 @@ class Family:
         return matcher.is_accepting() or not end
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Family:
     return Family(request.param, tokenizer)
 
@@ -166,6 +169,40 @@ def test_r1_puts_line_ends_before_its_answer(tokenizer: Tokenizer) -> None:
     prompt = family.chat.prompt([user("?")], [ADD])
     form = output_form(family.chat, prompt, tokenizer, [ADD], "required")
     assert form is not None and family.takes(form, "\n\n" + family.calls(("add", '{"a": 1}')))
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_an_engine_held_to_a_form_writes_is_calls(seed: int, thinking: bool, tokenizer: Tokenizer) -> None:
+    """Any tokens that the engine's masks let through, as a model of random logits would choose them."""
+    family = Family("deepseek-v3.1" if seed % 2 else "deepseek-r1", tokenizer)
+    level = {"type": "object", "properties": {"level": {"enum": ["é", 7]}}, "required": ["level"]}
+    tools = [NOW, {"function": {"name": "set", "parameters": {**level, "additionalProperties": False}}}]
+    prompt = family.chat.prompt([user("?")], tools, thinking)
+    form = output_form(family.chat, prompt, tokenizer, tools, "required", parallel=seed != 2)
+    assert form is not None
+    end, vocab_size = tokenizer.token_id(EOS), tokenizer.vocab_size + 3
+    compiler = StructureCompiler(tokenizer.to_json(), vocab_size, [end])
+    reasoning_end = open_reasoning(tokenizer, encode_parts(tokenizer, prompt.parts).ids.tolist())
+    assert (reasoning_end is not None) is thinking
+    structure, rng = compiler.compile(StructuredOutput(*form), reasoning_end), np.random.default_rng(seed)  # pyright: ignore[reportArgumentType]
+    ids = tokenizer.encode("name age null <think> ```json") if thinking else []
+    ids += [reasoning_end] if reasoning_end is not None else []
+    structure.advance(ids)
+    while ids[-1:] != [end] and len(ids) < 400:
+        mask = structure.masks()[0]
+        assert mask is not None
+        allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
+        visible = [i for i in allowed.tolist() if tokenizer.decode([i]).strip()]  # white space could go on without end
+        ids.append(int(rng.choice(visible or allowed)))
+        structure.advance(ids[-1:])
+    text = family.chat.shown(tokenizer).decode(ids[:-1], skip_control=True)
+    parsed = parse_output(text, family.chat.parser(prompt, tools))
+    assert ids[-1] == end and parsed.content == "" and bool(parsed.reasoning) is thinking
+    assert parsed.calls and all(one.complete for one in parsed.calls) and (seed != 2 or len(parsed.calls) == 1)
+    for one in parsed.calls:
+        arguments = json.loads(one.arguments)
+        assert arguments == {} if one.name == "now" else arguments in ({"level": "é"}, {"level": 7})
 
 
 @pytest.mark.parametrize("strict", [True, False])

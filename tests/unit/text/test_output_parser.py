@@ -281,7 +281,7 @@ def nearly_good(draw: st.DrawFn) -> str:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     text=st.one_of(texts, nearly_good()),
     end=st.sampled_from(PromptEnd),
@@ -311,7 +311,7 @@ def test_a_text_cut_anywhere_is_the_whole_text(name: str, text: str, end: Prompt
 
 
 @pytest.mark.parametrize("name", [V3, R1, V31])
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(text=st.one_of(texts, nearly_good()), opened=st.booleans())
 @example(text=f"{CALLS_BEGIN}{CALLS_BEGIN}{GOOD[V3]}\n\n{GOOD[V3]} {CALLS_END}", opened=False)
 def test_another_reader_reads_the_same(name: str, text: str, opened: bool) -> None:
