@@ -107,8 +107,9 @@ class EngineOptions:
 
     dtype: Literal["checkpoint", "float32", "bfloat16"] = "checkpoint"
     """Dtype of weights and activations."""
-    num_drafts: int = 0
-    """Tokens that the model's MTP modules draft a step, to be verified in one pass; they change speed, no text."""
+    num_drafts: int | Literal["auto"] = 0
+    """Tokens that the model's MTP modules draft a step, to be verified in one pass; they change speed, no text.  auto:
+    one a module, as long as that is measured to be faster."""
     cache_tokens: int | None = None
     """Tokens that the cache in memory holds; by default what 256 MiB hold, and the model's length in any case."""
     page_dtype: Literal["model", "fp8"] = "model"

@@ -8,6 +8,9 @@ experts (``forced_routing``) and its form of attention (:class:`~abyssal.model.c
 Without gradients on CPU the result equals the engine's log-probabilities to the last bit, in FP32 and BF16, for
 requests of one version of the weights in the engine's deterministic mode with pages in the model's dtype.  With
 gradients, products and softmax are torch's, which add in another order: rounding is left, of the activations' dtype.
+Measured on 4,096 tokens of a trained model of three layers, largest (mean) difference of log-probabilities: whole
+sequences 1e-6 (1e-7) in FP32 and 0.34 (3e-3) in BF16; with the routing forced 1e-6 and 0.048; replayed 0 and 0;
+replayed with gradients 3e-6 (4e-7) and 0.047 (3e-3).
 Where quotients must be exactly one, compute both, and let the value come from the one and the gradient from the other:
 
     with torch.no_grad():

@@ -90,6 +90,16 @@ def test_a_change_is_followed() -> None:
     assert serving.share(500) > 0.9
 
 
+def test_a_way_has_to_be_clearly_better_to_take_over() -> None:
+    serving = Serving(lambda _: 2.04, acceptance=1.0, most=1, noise=0.0)  # half a step a token: 2% slower
+    serving.run(2000)
+    assert serving.share(500) > 0.9
+    for cost, wanted in ((2.1, False), (1.96, False), (1.9, True)):
+        serving.cost = lambda _, cost=cost: cost
+        serving.run(2 * LONGEST_INTERVAL)
+        assert (serving.share(500) > 0.5) is wanted, cost
+
+
 def test_near_the_border_it_does_not_flutter() -> None:
     serving = Serving(lambda _: 1.78, acceptance=0.56, sequences=16, noise=0.1)  # a gain of 1.05
     serving.run(6000)
@@ -107,6 +117,11 @@ def test_each_number_of_sequences_is_judged_by_itself() -> None:
         assert (serving.share(500) > 0.5) is wanted
     gains = serving.gain.gains()
     assert set(gains) == {1, 32} and gains[1] > 1 > gains[32]
+    wanted = serving.gain.begin(1)  # expecting one sequence, and then many had to be written, none with drafts yet
+    serving.now += 1e6
+    plan = StepPlan(tuple(chunk(number) for number in range(32)), wanted_drafts=wanted)
+    serving.gain.end(plan, {number: Sampled((0,)) for number in range(32)})
+    assert wanted and serving.gain.gains() == gains, "neither way's step"
 
 
 def test_steps_that_read_are_not_measured() -> None:

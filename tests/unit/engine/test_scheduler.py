@@ -394,6 +394,17 @@ def test_tokens_after_an_end_are_dropped() -> None:
     engine.pool.check([])
 
 
+def test_a_plan_verifies_no_more_drafts_than_it_may() -> None:
+    """The simulated engine compares; here the sequence holds three drafts each time."""
+    engine = SimulatedEngine(config(num_drafts=3), 10)
+    engine.add(request(0, 5, max_tokens=60))
+    verified: list[int] = []
+    for most in (3, 3, 0, 3, 1, None, 3, 2):
+        engine.most_drafts = lambda most=most: most
+        verified += [chunk.num_drafts for chunk in engine.step().chunks]
+    assert verified == [0, 3, 0, 0, 1, 1, 3, 2]
+
+
 def test_a_step_that_failed_ends_its_requests_alone() -> None:
     engine = SimulatedEngine(config(max_sequences=3), 20)
     for number, n in enumerate((1, 2, 1)):

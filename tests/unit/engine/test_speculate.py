@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from abyssal.cache.pages import PAGE
 from abyssal.checkpoint.hf import save_model
 from abyssal.engine.core import Engine, EngineConfig
 from abyssal.engine.gain import DraftStatistics
@@ -87,6 +88,40 @@ def test_drafts_are_those_of_the_whole_text(depth: int, num_drafts: int, most: C
                 assert live.drafts == drafts_from_scratch(model, live.tokens, len(live.drafts)), len(live.tokens)
                 compared += len(live.drafts) == num_drafts
     assert compared > 12
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(
+    "most", [lambda step: 3, lambda step: 3 * (step % 20 < 3), lambda step: 0], ids=["on", "off and on", "off"]
+)
+def test_pages_hold_the_modules_entries_of_the_text(depth: int, most: Callable[[int], int]) -> None:
+    """As if all of it had been the prompt: nothing made with a rejected draft stays, and nothing is left out.
+
+    At a page's end the second module has to guess a token; while drafting is off, the guess stands for a page.
+    """
+    model = random_model(replace(SPEC, mtp_depth=depth), dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.3)
+    config = EngineConfig(num_drafts=3, deterministic=True)
+    engine = Engine(model, config=config)
+    engine._gain = Turns(most)  # type: ignore[assignment]
+    engine.add(Request(0, prompt(61), replace(GREEDY, max_tokens=80)))
+    tokens, pages = [], []
+    while engine.unfinished:
+        tokens, pages = list(engine._live[0].tokens), list(engine.scheduler.sequences[0].pages)
+        engine.step()
+    whole = Engine(model, config=config)
+    whole.add(Request(0, tuple(tokens), replace(GREEDY, max_tokens=2)))
+    whole.step()
+    assert len(tokens) > 130
+    for found, wanted in zip(pages[:2], whole.scheduler.sequences[0].pages, strict=False):
+        of_modules = slice(model.spec.num_layers, None)
+        found_LSX, wanted_LSX = (
+            each._runner._cache.entries_PLSX[page, of_modules] for each, page in ((engine, found), (whole, wanted))
+        )
+        known = slice(0, PAGE - depth + 1)
+        torch.testing.assert_close(found_LSX[:, known], wanted_LSX[:, known], rtol=1e-9, atol=1e-9)
 
 
 def acceptance(trained_model, text: str, config: EngineConfig) -> DraftStatistics:
