@@ -151,6 +151,7 @@ class ReplayBatch:
             )
         if min(output_lengths, default=0) < 0:
             raise ValueError(f"output_lengths: {list(output_lengths)[:8]} must be 0 or more")
+        self.paged: PagedStep | None = None
         self._prompts = PackedBatch(prompt_lengths, device=device)
         starts = list(accumulate(prompt_lengths, initial=0))
         begins = accumulate(output_lengths, initial=starts[-1])
