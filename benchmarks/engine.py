@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from engine_parts.setting import Setting
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("decode", "prefill", "traces", "speculation")
+PARTS = ("decode", "prefill", "traces", "disk", "speculation")
 PRESETS = ("tiny", "small", "medium")
 DTYPES = ("fp32", "bf16")
 

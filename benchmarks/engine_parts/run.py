@@ -8,11 +8,11 @@ from typing import Any
 
 from support.record import header
 
-from . import decode, prefill, serving, speculation
+from . import decode, disk, prefill, serving, speculation
 from .results import Results
 from .setting import Case, Setting
 
-PARTS = {module.PART.name: module.PART for module in (decode, prefill, serving, speculation)}
+PARTS = {module.PART.name: module.PART for module in (decode, prefill, serving, disk, speculation)}
 
 
 def run_part(name: str, setting: Setting, results: Results, resume: bool) -> None:

@@ -13,7 +13,7 @@ import pytest
 from tests.support.trained_model import TrainedModel
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "engine.py"
-PARTS = ("decode", "prefill", "traces", "speculation")
+PARTS = ("decode", "prefill", "traces", "disk", "speculation")
 
 
 def engine(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
