@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -33,33 +36,69 @@ def _plain(row: Row, length: int) -> list[int]:
     return tokens
 
 
+def _texts(params: SamplingParams) -> dict[tuple[int, ...], np.ndarray]:
+    """The target's probabilities of the next token, by what was written after token 0: none, one or two tokens."""
+    written = [text for length in range(3) for text in itertools.product(range(VOCAB), repeat=length)]
+    rows = [Row(params, 0, 5, len(text), TokenHistory([1], text), ends=(2,)) for text in written]
+    probabilities, errors = distribution(TARGET[[(0, *text)[-1] for text in written]], rows)
+    assert not errors
+    return dict(zip(written, probabilities, strict=True))
+
+
 @pytest.mark.parametrize(
-    ("params", "draws"),
-    [(SamplingParams(), 100_000), (SamplingParams(temperature=0.8, top_k=3, min_p=0.02), 20_000)],
+    ("params", "draws", "by_rejection"),
+    [
+        pytest.param(SamplingParams(), 100_000, True, id="by rejection"),
+        pytest.param(SamplingParams(), 20_000, False, id="by the target's choice"),
+        *[
+            pytest.param(params, 8_000, by_rejection, id=f"{name}, {'rejected' if by_rejection else 'chosen'}")
+            for by_rejection in (True, False)
+            for name, params in {
+                "top-k and min-p": SamplingParams(temperature=0.8, top_k=3, min_p=0.02),
+                "top-p": SamplingParams(temperature=1.3, top_p=0.75),
+                "penalties": SamplingParams(
+                    repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.7, min_tokens=2
+                ),
+            }.items()
+        ],
+    ],
 )
-def test_rejection_sampling_draws_from_the_target(params: SamplingParams, draws: int) -> None:
+def test_what_is_verified_is_drawn_from_the_target(params: SamplingParams, draws: int, by_rejection: bool) -> None:
     """Two drafts and the token after them, against the model's own probabilities of each text of three tokens."""
-    by_last = distribution(TARGET, [Row(params, 0, 0)] * VOCAB)[0]
+    by_text = _texts(params)
     drafter = distribution(DRAFTER, [Row(SamplingParams(), 0, 0)] * VOCAB)[0]
-    rows = [[Row(params, seed, position) for seed in range(draws)] for position in (5, 6)]
-    first = race(np.broadcast_to(drafter[0], (draws, VOCAB)), rows[0], Purpose.DRAFT)
-    second = race(drafter[first], rows[1], Purpose.DRAFT)
+    numbers = Purpose.DRAFT if by_rejection else Purpose.SAMPLE
+    history = TokenHistory([1])
+    rows = [[Row(params, seed, position, 0, history, (), (2,)) for seed in range(draws)] for position in (5, 6)]
+    first = race(np.broadcast_to(drafter[0], (draws, VOCAB)), rows[0], numbers)
+    second = race(drafter[first], rows[1], numbers)
     drafts = np.stack([first, second], axis=1).tolist()
     logits_TV = TARGET[np.stack([np.zeros_like(first), first, second], axis=1).reshape(-1)]
-    sequences = [
-        Drafted(row, tuple(tokens), drafter[[0, tokens[0]]]) for row, tokens in zip(rows[0], drafts, strict=True)
-    ]
-    results = verify(logits_TV, sequences)
-    texts = np.array([(*result.tokens, -1, -1)[:3] for result in results])
-    for place in (1, 2):  # whatever follows a rejected draft is sampled from the target, as later steps would
-        missing = texts[:, place] < 0
-        drawn = np.random.default_rng(place).random((draws, 1)) > by_last[texts[:, place - 1]].cumsum(axis=1)
-        texts[missing, place] = drawn.sum(axis=1)[missing]
-    expected = by_last[0][:, None, None] * by_last[:, :, None] * by_last[None]
-    assert_drawn_from(np.bincount(texts @ [VOCAB**2, VOCAB, 1], minlength=VOCAB**3), expected.reshape(-1))
+    results = verify(
+        logits_TV,
+        [
+            Drafted(row, tuple(tokens), drafter[[0, tokens[0]]] if by_rejection else None)
+            for row, tokens in zip(rows[0], drafts, strict=True)
+        ],
+    )
+    uniform = np.random.default_rng(0).random((draws, 3)).tolist()
+    edges = {text: np.append(probabilities.cumsum()[:-1], 1.0).tolist() for text, probabilities in by_text.items()}
+    counts: Counter[tuple[int, ...]] = Counter()
+    for result, spare in zip(results, uniform, strict=True):
+        text = result.tokens
+        while len(text) < 3:  # whatever follows a rejected draft is sampled from the target, as later steps would
+            text = (*text, bisect_right(edges[text], spare[len(text)]))
+        counts[text] += 1
+    texts = list(itertools.product(range(VOCAB), repeat=3))
+    expected = [by_text[()][a] * by_text[a,][b] * by_text[a, b][c] for a, b, c in texts]
+    assert_drawn_from(np.array([counts[text] for text in texts]), np.array(expected))
     accepted = np.mean([result.num_accepted > 0 for result in results])
-    assert accepted == pytest.approx(np.minimum(by_last[0], drafter[0]).sum(), abs=0.015)
-    assert 0.3 < accepted < 0.95
+    overlap = np.minimum(by_text[()], drafter[0]).sum()
+    if by_rejection:
+        assert accepted == pytest.approx(overlap, abs=0.015)
+    else:
+        assert overlap / (2 - overlap) - 0.015 < accepted < overlap + 0.015  # (1 - d) / (1 + d), and the most there is
+    assert 0.2 < accepted < 0.95
 
 
 @settings(max_examples=40, deadline=None)
