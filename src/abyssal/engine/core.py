@@ -98,6 +98,10 @@ class Engine:
         stored: StoredPages | None = None,
     ) -> None:
         config = config or EngineConfig()
+        if config.cache_tokens is not None and config.cache_tokens < 1:
+            raise ValueError(
+                f"cache_tokens: {config.cache_tokens}, but the cache needs memory for one page of {PAGE} tokens"
+            )
         spec = model.spec
         end = spec.eos_token_id
         self._ends = () if end is None else end if isinstance(end, tuple) else (end,)
@@ -105,6 +109,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._model = model
         self._asleep = False
+        self._untold: list[Progress] = []
         self._structures = None
         if tokenizer is not None:
             self._structures = StructureCompiler(tokenizer.to_json(), spec.vocab_size, self._ends)
@@ -234,6 +239,9 @@ class Engine:
 
         Where nothing can be computed before pages have come from elsewhere, it waits for them, for a moment.  Asleep,
         nothing is computed; requests that were cancelled, or whose deadline passed, still end.
+
+        An exception out of the model, or an interrupt, ends every request under way as an error, which the next step
+        tells of, and the engine can go on with others.
         """
         if self._asleep:
             return self._outputs(self.scheduler.expire())
@@ -242,16 +250,34 @@ class Engine:
         most_drafts = None if self._gain is None else self._gain.begin(self.scheduler.num_writing)
         plan = self.scheduler.plan(most_drafts)
         begun = time.perf_counter()
-        results = self._runner.collect(self._runner.launch(plan))
+        try:
+            results = self._runner.collect(self._runner.launch(plan))
+        except BaseException as error:
+            self._take_back(plan, error)
+            raise
         if self._gain is not None:
             self._gain.end(plan, results)
         self._note_rate(plan, time.perf_counter() - begun)
-        progress = self.scheduler.update(plan, results)
+        progress = [*self._untold, *self.scheduler.update(plan, results)]
+        self._untold = []
         self._mover.store(self.scheduler.take_prefixes())
         if not plan.chunks and self._mover.waiting:
             self._take_in(self._mover.arrivals(IMPORT_SECONDS))
             progress += self.scheduler.take_progress()
         return self._outputs(progress)
+
+    def _take_back(self, plan: StepPlan, error: BaseException) -> None:
+        """A step that failed half-way: what it did to any page or sequence is not known."""
+        for request_id in list(self._requests):
+            self.scheduler.cancel(
+                request_id, "error", f"the step that it was in failed: {type(error).__name__} {error}"
+            )
+        self._untold += self.scheduler.update(plan, {})
+        for transfer in plan.imports:
+            if transfer.sequence not in self._mover.filling:
+                self.scheduler.imported(transfer.sequence, 0)
+        self.settle()
+        self._untold += self.scheduler.take_progress()
 
     @property
     def weights_version(self) -> int:

@@ -10,6 +10,7 @@ All prompts of a call go through the engine together; the order of the outputs i
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from abyssal.model.transformer import Transformer
 from abyssal.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+
+NO_TOKENIZER = "prompt: is text, and the model has no tokenizer; give token ids"
 
 
 class LLM:
@@ -122,23 +125,22 @@ class LLM:
         each = [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(several):
             raise ValueError(f"params: {len(each)} for {len(several)} prompts; give one for all, or one each")
-        requests = [
-            Request(next(self._numbers), self._ids(prompt), parameters)
-            for prompt, parameters in zip(several, each, strict=True)
-        ]
-        return self._finished(requests, several)
+        if self.tokenizer is None and any(isinstance(prompt, str) for prompt in several):
+            raise ValueError(NO_TOKENIZER)
+        return self._finished(several, each)
 
     def _finished(
-        self, requests: Sequence[Request], prompts: Sequence[Prompt]
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
     ) -> Generator[tuple[int, RequestOutput], None, None]:
         running: dict[int, int] = {}
         refused: list[RequestOutput] = []
-        for number, request in enumerate(requests):
-            running[request.request_id] = number
+        for number, (prompt, parameters) in enumerate(zip(prompts, params, strict=True)):
+            request_id = next(self._numbers)
+            running[request_id] = number
             try:
-                self.engine.add(request)
+                self.engine.add(Request(request_id, self._ids(prompt), parameters))
             except ValueError as error:
-                refused.append(RequestOutput(request.request_id, request.prompt_ids, (), error=str(error)))
+                refused.append(RequestOutput(request_id, (), (), error=str(error)))
         try:
             outputs = refused
             while True:
@@ -149,7 +151,7 @@ class LLM:
                 if not running:
                     return
                 outputs = self.engine.step()
-        except GeneratorExit:
+        except BaseException:
             self._abandon(running)
             raise
 
@@ -171,12 +173,12 @@ class LLM:
                         yield output.snapshot() if isinstance(output, GrowingOutput) else output
                         if output.finished:
                             return
-        except GeneratorExit:
+        except BaseException:
             self._abandon([request.request_id])
             raise
 
     def _abandon(self, request_ids: Iterable[int]) -> None:
-        """The reader wants no more.  (After an exception out of a step there is nothing to put in order.)"""
+        """The reader wants no more."""
         for request_id in request_ids:
             self.engine.cancel(request_id)
         while self.engine.unfinished:
@@ -200,15 +202,20 @@ class LLM:
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...]:
         if not isinstance(prompt, str):
-            return tuple(int(token) for token in prompt)
+            try:
+                return tuple(map(operator.index, prompt))
+            except TypeError as error:
+                raise ValueError(f"prompt: its tokens must be whole numbers ({error})") from error
         if self.tokenizer is None:
-            raise ValueError("prompt: is text, and the model has no tokenizer; give token ids")
+            raise ValueError(NO_TOKENIZER)
         add_bos = self.tokenizer.bos_token_id is not None
         return tuple(self.tokenizer.encode(prompt, add_bos=add_bos))
 
     def _with_prompt(self, output: RequestOutput, prompt: Prompt) -> RequestOutput:
-        text = prompt if isinstance(prompt, str) else "" if self.tokenizer is None else self.tokenizer.decode(prompt)
-        return replace(output, prompt=text)
+        if isinstance(prompt, str):
+            return replace(output, prompt=prompt)
+        known = self.tokenizer is not None and output.prompt_ids
+        return replace(output, prompt=self.tokenizer.decode(prompt)) if known and self.tokenizer else output
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

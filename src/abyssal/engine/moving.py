@@ -85,6 +85,11 @@ class PageMover:
         """Whether imports are under way."""
         return bool(self._under_way)
 
+    @property
+    def filling(self) -> set[int]:
+        """The sequences whose imports are under way."""
+        return {transfer.sequence for transfer, _ in self._under_way.values()}
+
     def expect(self, sequence: int, source: RemoteSource) -> None:
         """Where the pages of a sequence come from that another engine has prefilled."""
         self._remote[sequence] = source
