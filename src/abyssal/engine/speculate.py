@@ -119,14 +119,14 @@ class Drafter:
         return True
 
     def _with_tail(self, step: Advance) -> Advance:
-        """Begin where the modules have not been, and as many positions earlier as there are depths, whose entries were
-        made with drafts, where the hidden states were kept."""
+        """Begin where the modules have not been, and earlier by the depths after the first, whose last entries were made
+        with drafts, where the hidden states were kept."""
         chunk, hidden_TD = step.chunk, step.hidden_TD
         tail = self._tails.get(chunk.sequence)
         stop = chunk.start + len(hidden_TD)
         if tail is not None and tail.stop == chunk.start:
             hidden_TD = torch.cat([tail.hidden_TD, hidden_TD])
-        self._tails[chunk.sequence] = _Tail(stop, [hidden_TD[-self._depth :].clone()])
+        self._tails[chunk.sequence] = _Tail(stop, [hidden_TD[max(0, len(hidden_TD) - self._levels + 1) :].clone()])
         return replace(step, hidden_TD=hidden_TD, chunk=replace_span(chunk, stop - len(hidden_TD), stop))
 
     def _level(
