@@ -2,7 +2,7 @@
 
 A token of byte-level BPE may end inside a character, so text is read from the bytes of the tokens by a decoder that
 keeps an unfinished character back.  Cheaper and simpler than decoding a window of tokens twice, which is what
-tokenizers without bytes need; all of DeepSeek's are byte-level.
+tokenizers without bytes need; all of DeepSeek's are byte-level, and Llama's pieces fall back on bytes.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,8 @@ _BYTE_OF_CHARACTER = {
     **{chr(256 + number): byte for number, byte in enumerate(_OTHER_BYTES)},
 }
 """GPT-2's alphabet, in which byte-level BPE names its tokens."""
+
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 
 MIN_VOCAB_SIZE = 256 + len(CONTROL_TOKENS)
 
@@ -154,17 +157,38 @@ class Tokenizer:
         """The bytes of each token, so that ``decode(ids)`` is the bytes of the ids in a row, read as UTF-8 with U+FFFD
         for what is not.  ``skip_control`` empties tokens marked special.
 
+        Of byte-level BPE, and of sentencepiece's pieces with byte fallback (Llama's).  The decoder of the latter drops
+        a space at the beginning of a text, which is kept here: what a model writes goes on after a prompt.
+
         Raises:
-            ValueError: the tokenizer is not byte-level.
+            ValueError: a tokenizer of another kind.
         """
-        if not isinstance(self._backend.decoder, decoders.ByteLevel):
-            raise ValueError(f"its decoder is {self._backend.decoder}; use a byte-level BPE tokenizer.json")
+        bytes_of = _bytes_of if isinstance(self._backend.decoder, decoders.ByteLevel) else self._bytes_of_piece()
         names = {number: token for token, number in self._backend.get_vocab(with_added_tokens=True).items()}
         special = {number for number, token in self._backend.get_added_tokens_decoder().items() if token.special}
         skipped = special if skip_control else set()
-        return tuple(
-            b"" if number in skipped else _bytes_of(names.get(number, "")) for number in range(self.vocab_size)
-        )
+        return tuple(b"" if number in skipped else bytes_of(names.get(number, "")) for number in range(self.vocab_size))
+
+    def _bytes_of_piece(self) -> Callable[[str], bytes]:
+        """For sentencepiece's pieces: a mark stands for a space, and ``<0x0A>`` for a byte."""
+        decoder = json.loads(self._backend.to_str())["decoder"] or {}
+        parts = {part["type"]: part for part in decoder.get("decoders", [decoder]) if part}
+        known = {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}
+        replaced = parts.get("Replace", {"pattern": {}, "content": " "})
+        space = parts.get("Metaspace", {}).get("replacement") or replaced["pattern"].get("String")
+        if "ByteFallback" not in parts or not parts.keys() <= known or not space or replaced["content"] != " ":
+            raise ValueError(
+                f"its decoder is {self._backend.decoder}; use a byte-level BPE tokenizer.json or one with byte fallback"
+            )
+        added = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+
+        def bytes_of(piece: str) -> bytes:
+            if piece in added:
+                return piece.encode()
+            byte = _BYTE_PIECE.fullmatch(piece)
+            return bytes([int(byte[1], 16)]) if byte else piece.replace(space, " ").encode()
+
+        return bytes_of
 
     def to_json(self) -> str:
         """The content of ``tokenizer.json``."""

@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from abyssal.spec.model import GroupedQueryAttentionSpec, ModelSpec
 from abyssal.text import tokenizer as text_tokenizer
@@ -245,3 +245,30 @@ def test_bytes_need_a_byte_level_tokenizer() -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     with pytest.raises(ValueError, match="use a byte-level BPE"):
         Tokenizer(words).byte_strings()
+
+
+def _pieces(metaspace: bool) -> Tokenizer:
+    """Sentencepiece's kind, as Llama's tokenizer.json spells it: a mark for spaces, and bytes for what has no piece."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abc1{}\n", "▁a", "ab", "▁ab"]
+    vocab = {word: number for number, word in enumerate(words)}
+    merges = [("▁", "a"), ("a", "b"), ("▁", "ab")]
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    spaces = decoders.Metaspace(prepend_scheme="first") if metaspace else decoders.Replace("▁", " ")
+    rest = [decoders.ByteFallback(), decoders.Fuse()]
+    rest += [] if metaspace else [decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence([spaces, *rest])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return Tokenizer(backend)
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+@pytest.mark.parametrize("text", ["ab c", "a 中文 é🙂 <0x41> \n\tb", "  two ", "</s> as text"])
+def test_pieces_with_byte_fallback_have_their_bytes(text: str, metaspace: bool) -> None:
+    tokenizer = _pieces(metaspace)
+    byte_strings = tokenizer.byte_strings()
+    ids = tokenizer.encode(text)
+    assert b"".join(byte_strings[token] for token in ids) == b" " + text.encode()
+    assert tokenizer.decode(ids) == text
+    assert byte_strings[:4] == (b"<unk>", b"<s>", b"</s>", b"\x00")
+    assert tokenizer.byte_strings(skip_control=True)[:4] == (b"", b"", b"", b"\x00")
