@@ -158,7 +158,8 @@ class Tokenizer:
         for what is not.  ``skip_control`` empties tokens marked special.
 
         Of byte-level BPE, and of sentencepiece's pieces with byte fallback (Llama's).  The decoder of the latter drops
-        a space at the beginning of a text, which is kept here: what a model writes goes on after a prompt.
+        a space at the beginning of a text, which is kept here since what a model writes goes on after a prompt; and of
+        bytes that are not UTF-8 it replaces their whole run.
 
         Raises:
             ValueError: a tokenizer of another kind.
