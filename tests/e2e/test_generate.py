@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,18 @@ def test_converted_to_fp8_it_still_writes(
     status, _, error = run(capsys, "convert", str(trained_model.folder), str(tmp_path / "fp8"), "--dtype", "fp8")
     assert status == 0, error
     written(capsys, tmp_path / "fp8", "--dtype", "float32")
+
+
+def test_the_offline_example_runs(
+    trained_model: TrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("import os\n" + "def read(self):" * 400 + "\nclass Reader:\n")
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "offline.py"))
+    example["main"]([str(trained_model.folder), str(prompts), "--samples", "2", "--max-tokens", "6"])
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.startswith("'import os' -> ") and third.startswith("'class Reader:' -> ") and "perplexity" in third
+    assert "max_positions" in second
 
 
 def test_without_a_tokenizer_one_line_says_so(

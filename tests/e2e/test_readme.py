@@ -17,6 +17,7 @@ TRAINED = "needs a text and minutes of training; tests/e2e/test_train.py runs th
 NOT_RUN_HERE: dict[str, str] = {
     "abyssal train --model tiny --data my-texts/ --out runs/mine --steps 1000": TRAINED,
     'abyssal generate runs/mine/model --prompt "Once upon a time" --temperature 0.8': TRAINED,
+    "abyssal chat runs/chat/model": "needs a model that can talk, and a terminal; tests/e2e/test_chat.py has both",
     "abyssal convert DeepSeek-V3/ DeepSeek-V3-bf16/ --dtype bf16": "needs DeepSeek-V3's checkpoint; "
     "tests/unit/checkpoint/test_convert.py runs the verb on small ones",
 }

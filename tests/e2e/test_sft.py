@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 import abyssal
 from abyssal.checkpoint.adapters import load_adapter
 from abyssal.cli.main import main
-from abyssal.engine.generate import generate
 from abyssal.model.lora import merge_lora
 from abyssal.text.template import ChatTemplate
 from abyssal.text.template_parts import encode_parts
@@ -48,7 +47,8 @@ def answer(folder: Path, question: str) -> str:
     prompt = encode_parts(tokenizer, template.render_prompt(messages)).ids.tolist()
     theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, add_generation_prompt=True)
     assert theirs["input_ids"] == prompt
-    return tokenizer.decode(generate(abyssal.load_model(folder), prompt, 24))
+    params = abyssal.SamplingParams(temperature=0, max_tokens=24)
+    return tokenizer.decode(abyssal.LLM(folder).generate([prompt], params)[0].token_ids)
 
 
 def test_a_model_learns_to_answer(

@@ -15,7 +15,8 @@ from transformers.generation import candidate_generator
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 from abyssal.checkpoint.hf import load_model, save_model
-from abyssal.engine.generate import generate
+from abyssal.engine.llm import LLM
+from abyssal.engine.messages import SamplingParams
 from abyssal.model.context import PackedBatch
 from abyssal.model.transformer import Transformer
 from abyssal.precision.head import linear_cross_entropy
@@ -129,7 +130,8 @@ def test_same_greedy_tokens(family: Family, tmp_path: Path) -> None:
     theirs = in_transformers(ours, tmp_path / "saved")
     prompt = random_tokens(spec, 1, 9)
     expected = theirs.generate(prompt, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, 9:].tolist()
-    assert list(generate(ours, prompt[0].tolist(), 24)) == expected
+    output = LLM(ours).generate([prompt[0].tolist()], SamplingParams(temperature=0, max_tokens=24))[0]
+    assert list(output.token_ids) == expected
 
 
 class DraftRecorder:

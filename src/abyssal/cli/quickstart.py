@@ -14,11 +14,9 @@ from abyssal.cli.allocator import keep_freed_memory
 from abyssal.cli.arguments import parse
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
-    from abyssal.model.transformer import Transformer
-    from abyssal.text.tokenizer import Tokenizer
+    from abyssal.engine.llm import LLM
     from abyssal.train.config import TrainConfig
 
 EXIT_FAILED = 1
@@ -67,6 +65,7 @@ def _run(out: Path, config: TrainConfig, console: Console) -> list[str]:
     from abyssal.checkpoint.hf import load_model
     from abyssal.data.baselines import baselines_of
     from abyssal.data.prepare import PrepareConfig, prepare_paths
+    from abyssal.engine.llm import LLM
     from abyssal.precision.recipe import Recipe
     from abyssal.train.data import fitted, pretraining_data
     from abyssal.train.folder import RunFolder
@@ -85,13 +84,13 @@ def _run(out: Path, config: TrainConfig, console: Console) -> list[str]:
     spec = fitted(spec, tokenizer)
     baselines = baselines_of(prepared)
     result = run_training(folder, Run(spec, config, pretraining_data([prepared], spec, config)), [history])
-    before = _greedy_texts(with_recipe(result.model, Recipe()), tokenizer)
-    reloaded = load_model(folder.model)
-    after = _greedy_texts(reloaded, tokenizer)
+    before = _greedy_texts(LLM(with_recipe(result.model, Recipe()), tokenizer=tokenizer))
+    reloaded = LLM(load_model(folder.model), tokenizer=tokenizer)
+    after = _greedy_texts(reloaded)
     picture = out / "quickstart.png"
     title = f"tiny on Python's standard library: {result.tokens / 1e6:.2f}M tokens in {result.seconds:.0f} s"
     plot_run(picture, history, baselines, prepared.train.num_bytes / prepared.train.num_tokens, title)
-    for written in (*after, _sampled_text(reloaded, tokenizer)):
+    for written in (*after, _sampled_text(reloaded)):
         console.rule(style="dim")
         console.print(written.rstrip(), markup=False, highlight=False, soft_wrap=True)  # its line ends, no others
     console.rule(style="dim")
@@ -102,26 +101,18 @@ def _run(out: Path, config: TrainConfig, console: Console) -> list[str]:
     return failures(figures)
 
 
-def _greedy_texts(model: Transformer, tokenizer: Tokenizer) -> tuple[str, ...]:
+def _greedy_texts(llm: LLM) -> tuple[str, ...]:
+    from abyssal.engine.messages import SamplingParams
     from abyssal.train.quickstart import PROMPTS
 
-    return tuple(_written(model, tokenizer, prompt, 0.0, None) for prompt in PROMPTS)
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS)
+    return tuple(output.prompt + output.text for output in llm.generate(PROMPTS, params))
 
 
-def _sampled_text(model: Transformer, tokenizer: Tokenizer) -> str:
-    import torch
-
+def _sampled_text(llm: LLM) -> str:
+    from abyssal.engine.messages import SamplingParams
     from abyssal.train.quickstart import SAMPLED_PROMPT
 
-    return _written(model, tokenizer, SAMPLED_PROMPT, 0.7, torch.Generator().manual_seed(0))
-
-
-def _written(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, temperature: float, generator: torch.Generator | None
-) -> str:
-    """The prompt and what the model adds to it."""
-    from abyssal.engine.generate import generate
-
-    prompt_ids = tokenizer.encode(prompt, add_bos=True)
-    new_ids = list(generate(model, prompt_ids, NEW_TOKENS, temperature, top_p=0.95, generator=generator))
-    return tokenizer.decode([*prompt_ids[1:], *new_ids], skip_control=True)
+    params = SamplingParams(temperature=0.7, top_p=0.95, seed=0, max_tokens=NEW_TOKENS)
+    (output,) = llm.generate(SAMPLED_PROMPT, params)
+    return output.prompt + output.text

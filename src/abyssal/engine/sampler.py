@@ -300,22 +300,3 @@ def _narrow(weights_RV: np.ndarray, rows: Sequence[Row]) -> None:
     for row in np.flatnonzero(above_R + np.count_nonzero(equal_RV, axis=-1) > counts_R):
         ties = np.flatnonzero(equal_RV[row])
         weights_RV[row, ties[counts_R[row] - above_R[row] :]] = 0.0
-
-
-def check_sampling(temperature: float, top_p: float) -> None:
-    """Raise ``ValueError`` for values outside their range, naming the field."""
-    SamplingParams(temperature=temperature, top_p=top_p)
-
-
-def sample(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> int:
-    """Draw one token from one row, by a seed taken from ``generator``.
-
-    Raises:
-        ValueError: logits that are not finite.
-    """
-    seed = 0 if temperature == 0.0 else int(torch.randint(1 << 62, (), generator=generator))
-    params = SamplingParams(temperature=temperature, top_p=top_p)
-    draws = sample_rows(as_rows(logits_V[None]), [Row(params, seed, 0)])
-    if draws.errors:
-        raise ValueError(draws.errors[0])
-    return int(draws.tokens_T[0])

@@ -1,4 +1,4 @@
-"""Pages hold what a contiguous cache holds: any chunking, any pages, prefill and decode in one step."""
+"""Pages hold what a pass without a cache sees: any chunking, any pages, prefill and decode in one step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from abyssal.cache.latent import LatentCache
 from abyssal.cache.paged import PagedBatch, PagedCache, PagedTokens
 from abyssal.cache.pages import PAGE
+from abyssal.model.context import PackedBatch
 from abyssal.model.transformer import Transformer
 from abyssal.spec.arithmetic import kv_cache_bytes_per_token
 from abyssal.spec.presets import preset
@@ -27,17 +27,13 @@ def spec_of(family: str):
     return replace(spec, max_positions=max(spec.max_positions, 4 * PAGE))
 
 
-def contiguous(model: Transformer, tokens_T: torch.Tensor, cut: int) -> torch.Tensor:
-    """Hidden states of prefill up to ``cut``, then of one token after another on the decode path."""
-    cache, hidden = LatentCache(model.spec, len(tokens_T), torch.float64), []
-    for start, stop in [(0, cut), *((position, position + 1) for position in range(cut, len(tokens_T)))]:
-        step = model.step(cache.extend(stop - start, absorbed=start > 0))
-        hidden.append(model.hidden(tokens_T[start:stop], step))
-    return torch.cat(hidden)
+def plain(model: Transformer, tokens_T: torch.Tensor) -> torch.Tensor:
+    """Hidden states of a plain pass over the whole sequence, without a cache."""
+    return model.hidden(tokens_T, model.step(PackedBatch([len(tokens_T)])))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "llama"])
-def test_pages_are_the_contiguous_cache(family: str) -> None:
+def test_pages_give_what_a_plain_pass_gives(family: str) -> None:
     """Two sequences over scattered pages; one is prefilled in chunks while the other decodes in the same steps."""
     model = random_model(spec_of(family), dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -45,7 +41,7 @@ def test_pages_are_the_contiguous_cache(family: str) -> None:
     cache = PagedCache(model.spec, 7, torch.float64)
     pages = {0: (5, 2), 1: (3, 6)}
     with torch.inference_mode():
-        wanted = contiguous(model, first, LENGTH - 4), contiguous(model, second, LENGTH)
+        wanted = plain(model, first), plain(model, second)
         got: dict[int, list[torch.Tensor]] = {0: [], 1: []}
 
         def run(*parts: tuple[int, int, int, bool]) -> None:

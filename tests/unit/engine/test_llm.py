@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from abyssal.engine.core import EngineConfig
-from abyssal.engine.generate import generate
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import Request, RequestOutput, SamplingParams
+from abyssal.model.attention import LatentAttention
 from abyssal.model.transformer import Transformer
 from tests.support.checkpoints import SMALL, random_model
 from tests.support.parity import draw_spec
@@ -36,16 +36,42 @@ def model() -> Transformer:
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "llama"])
-def test_greedy_tokens_are_those_of_the_plain_loop(family) -> None:
+def test_greedy_tokens_are_those_of_the_plain_forward(family) -> None:
+    """Up to the end token, which is the last."""
     spec = replace(draw_spec(family, 1), max_positions=512)
     model = random_model(spec, dtype=torch.float64)
     asked = prompts((5, 70, 1), spec.vocab_size)
-    outputs = LLM(model).generate(asked, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
-    for prompt, output in zip(asked, outputs, strict=True):
-        wanted = []
-        for token in generate(model, prompt, 12):
-            wanted.append(token)
-        assert list(output.token_ids)[: len(wanted)] == wanted
+    wanted = [_greedy(model, prompt, 12) for prompt in asked]
+    ends = spec.vocab_size - 1, wanted[0][6]
+    model.spec = replace(spec, eos_token_id=ends)
+    params = SamplingParams(temperature=0, max_tokens=12)
+    for tokens, output in zip(wanted, LLM(model).generate(asked, params), strict=True):
+        end = next((index for index, token in enumerate(tokens) if token in ends), None)
+        assert list(output.token_ids) == (tokens if end is None else tokens[: end + 1])
+        assert output.finish_reason == ("length" if end is None else "stop")
+    assert tokens_of(LLM(model).generate(asked, replace(params, ignore_eos=True))) == [tuple(each) for each in wanted]
+
+
+def _greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_only_prompts_are_expanded(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding in the expanded form would write the same text, ever more slowly."""
+    rows: list[int] = []
+    expanded = LatentAttention._expanded
+
+    def record(self: LatentAttention, q: torch.Tensor, *rest) -> torch.Tensor:
+        rows.append(q.shape[-3])
+        return expanded(self, q, *rest)
+
+    monkeypatch.setattr(LatentAttention, "_expanded", record)
+    LLM(model).generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    assert rows == [3] * SPEC.num_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

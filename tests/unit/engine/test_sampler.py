@@ -203,3 +203,10 @@ def test_torch_logits_become_rows() -> None:
     assert as_rows(logits).dtype == np.float32 and as_rows(logits).tolist() == [[1.0, 2.0]]
     shared = torch.zeros(2, 3)
     assert as_rows(shared).ctypes.data == shared.data_ptr()
+
+
+def test_a_temperature_near_zero_is_greedy() -> None:
+    logits_TV = np.array([[1.0, 50.0, 2.0]], np.float32)
+    for temperature in (1e-3, 1e-37, 1e-300):
+        params = SamplingParams(temperature=temperature, top_p=0.9)
+        assert sample_rows(logits_TV, [Row(params, 0, 3)]).tokens_T.tolist() == [1]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from abyssal.cache.latent import LatentCache
 from abyssal.kernels.attention import attention, attention_reference
 from abyssal.kernels.latent_attention import latent_attention
 from abyssal.model.context import PackedBatch
 from abyssal.spec.model import Family
+from tests.support.cached import CachedSequence
 from tests.support.parity import draw_spec, random_model, random_tokens, relative_difference
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 0.06}
@@ -44,7 +44,7 @@ def test_cached_decoding_equals_the_full_forward(family: Family, seed: int, dtyp
     tokens = random_tokens(spec, 1, 21)[0]
     whole = model.step(PackedBatch([21]))
     expected = model.logits(model.hidden(tokens, whole))
-    cache = LatentCache(spec, 21, dtype)
+    cache = CachedSequence(spec, 21, dtype)
     pieces, start = [], 0
     for length in (7, 5, 1, 1, 4, 1, 1, 1):
         rows = slice(start, start + length)
@@ -111,12 +111,6 @@ def test_packed_batch_refuses_lengths_that_do_not_fit() -> None:
         PackedBatch([3, 2], torch.arange(4))
 
 
-def test_cache_refuses_more_tokens_than_the_model_has_positions() -> None:
-    spec = draw_spec("deepseek_v3", 0)
-    with pytest.raises(ValueError, match=r"capacity: 129 .*1\.\.128"):
-        LatentCache(spec, 129, torch.float32)
-
-
 def test_model_refuses_bad_tokens() -> None:
     spec = draw_spec("llama", 0)
     model = random_model(spec)
@@ -128,8 +122,3 @@ def test_model_refuses_bad_tokens() -> None:
         model(torch.zeros(4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"dtype torch\.float32"):
         model(torch.zeros(1, 4))
-
-
-def test_a_cache_gives_positions_on_its_own_device() -> None:
-    cache = LatentCache(draw_spec("deepseek_v3", 0), 4, torch.float32, "meta")
-    assert cache.extend(2, absorbed=False).positions_T.device.type == "meta"

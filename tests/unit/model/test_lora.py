@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from abyssal.cache.latent import LatentCache
 from abyssal.model.context import PackedBatch
 from abyssal.model.lora import (
     AdaptedExperts,
@@ -31,6 +30,7 @@ from abyssal.precision.linear import WeightQueue
 from abyssal.precision.recipe import Recipe, Recomputed
 from abyssal.spec.model import Family, ModelSpec
 from abyssal.spec.placement import Placement
+from tests.support.cached import CachedSequence
 from tests.support.parity import draw_spec, moe_of, random_model, random_tokens, relative_difference
 
 EVERYTHING: tuple[Target, ...] = ("attention", "experts", "ffn")
@@ -295,7 +295,7 @@ def test_absorbed_attention_sees_the_adapter(family: Family) -> None:
     for name, gradient in gradients[0].items():
         assert relative_difference(gradients[1][name], gradient) < 1e-9, name
 
-    cache = LatentCache(spec, 9, torch.float64)
+    cache = CachedSequence(spec, 9, torch.float64)
     with torch.no_grad():
         steps = [model.hidden(token[None], model.step(cache.extend(1, absorbed=True))) for token in tokens]
         assert relative_difference(model.logits(torch.cat(steps)), results[0]) < 1e-10

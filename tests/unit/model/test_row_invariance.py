@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.cache.latent import LatentCache
 from abyssal.kernels.native import native_library
 from abyssal.model.context import PackedBatch
 from abyssal.model.transformer import Transformer
+from tests.support.cached import CachedSequence
 from tests.support.parity import draw_spec, random_model
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="torch's own products depend on the number of rows")
@@ -18,7 +18,7 @@ LENGTHS = [70, 1, 9, 70, 33]
 
 def in_chunks(model: Transformer, tokens_T: Tensor, cuts: list[int], absorbed: bool, dtype: torch.dtype) -> Tensor:
     """Hidden states of one sequence, computed chunk after chunk over a cache."""
-    cache = LatentCache(model.spec, len(tokens_T), dtype)
+    cache = CachedSequence(model.spec, len(tokens_T), dtype)
     return torch.cat(
         [
             model.hidden(chunk_T, model.step(cache.extend(len(chunk_T), absorbed), model.local_dispatcher()))
