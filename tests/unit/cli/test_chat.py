@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from abyssal.checkpoint.hf import save_model
+from abyssal.cli.chat import _typed
 from abyssal.cli.main import main
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import CompletionOutput, RequestOutput, SamplingParams
@@ -143,6 +145,21 @@ def test_a_model_that_never_learned_to_talk_is_refused(
     assert "has no chat template; name one of deepseek-v3" in chat(monkeypatch, capsys, base, "hi\n")[2]
     (base / "tokenizer.json").unlink()
     assert "a model folder needs its tokenizer.json" in chat(monkeypatch, capsys, base, "hi\n")[2]
+
+
+def test_an_interrupt_drops_the_line_and_an_end_of_file_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed: list[str | type[BaseException]] = ["a \\", KeyboardInterrupt, "b \\", "c", "d", EOFError]
+
+    def read(mark: str) -> str:
+        line = typed.pop(0)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
+    console = Console(file=io.StringIO())
+    assert list(_typed(console)) == ["b \nc", "d"]
+    assert "(Ctrl-D ends)" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_second_turn_finds_the_pages_of_the_first(

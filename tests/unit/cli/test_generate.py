@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from abyssal.checkpoint.hf import save_model
+from abyssal.cli.arguments import parse
+from abyssal.cli.generate import Options
 from abyssal.cli.main import main
 from abyssal.cli.sampling_options import EngineOptions
 from abyssal.engine import llm as llm_module
@@ -92,6 +94,7 @@ def test_the_engine_is_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ).load("m")
     config = EngineConfig(num_drafts=1, cache_tokens=192, max_sequences=5, deterministic=True, page_dtype="fp8")
     assert given == ["m", torch.bfloat16, config, None]
+    assert parse(Options, ["m", "--num-drafts", "auto"], "generate").engine.num_drafts == "auto"
     EngineOptions().load("m")
     assert given[4:] == ["m", None, EngineConfig(), None]
 
