@@ -93,26 +93,27 @@ def _on_terminal(options: Options, params: SamplingParams, template: ChatTemplat
     with console.status(f"loading {options.model}"):
         llm = options.engine.load(options.model, tokenizer)
     view = TerminalView(console, options.reasoning != "fold")
-    session = ChatSession(llm, template, params, view, options.system, options.thinking, options.verbose, True)
-    view.say(f"{options.model}: /help lists the commands, Ctrl-D ends\n")
-    for line in _typed(console):
-        try:
-            if not session.take(line):
-                return
-        except (ValueError, OSError) as error:
-            view.complain(description(error))
+    with llm:
+        session = ChatSession(llm, template, params, view, options.system, options.thinking, options.verbose, True)
+        view.say(f"{options.model}: /help lists the commands, Ctrl-D ends\n")
+        for line in _typed(console):
+            try:
+                if not session.take(line):
+                    return
+            except (ValueError, OSError) as error:
+                view.complain(description(error))
 
 
 def _in_pipe(options: Options, params: SamplingParams, template: ChatTemplate, tokenizer: Tokenizer) -> None:
     from abyssal.cli.chat_session import ChatSession
     from abyssal.cli.chat_view import PipeView
 
-    llm = options.engine.load(options.model, tokenizer)
     view = PipeView(options.reasoning == "show")
-    session = ChatSession(llm, template, params, view, options.system, options.thinking, options.verbose, False)
-    for line in sys.stdin:
-        if not session.take(line.removesuffix("\n")):
-            return
+    with options.engine.load(options.model, tokenizer) as llm:
+        session = ChatSession(llm, template, params, view, options.system, options.thinking, options.verbose, False)
+        for line in sys.stdin:
+            if not session.take(line.removesuffix("\n")):
+                return
 
 
 def _typed(console: Console) -> Iterator[str]:

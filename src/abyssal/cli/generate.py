@@ -64,15 +64,15 @@ def main(argv: list[str]) -> int:
         prompt_logprobs=options.prompt_logprobs,
     )
     prompts = read_prompts(options.prompt, options.prompt_file)
-    llm = options.engine.load(options.model)
-    statistics = Statistics()
-    if len(prompts) == 1 and params.num_samples == 1 and not options.json:
-        outputs = [_stream(llm, prompts[0], params, options.echo, statistics)]
-    else:
-        outputs = _write_all(llm, prompts, params, options)
-    if options.verbose:
-        sys.stdout.flush()
-        print(statistics.line(outputs, llm.engine.draft_acceptance), file=sys.stderr)
+    with options.engine.load(options.model) as llm:
+        statistics = Statistics()
+        if len(prompts) == 1 and params.num_samples == 1 and not options.json:
+            outputs = [_stream(llm, prompts[0], params, options.echo, statistics)]
+        else:
+            outputs = _write_all(llm, prompts, params, options)
+        if options.verbose:
+            sys.stdout.flush()
+            print(statistics.line(outputs, llm.engine.draft_acceptance), file=sys.stderr)
     _raise_failures(outputs)
     return 0
 

@@ -114,6 +114,12 @@ class EngineOptions:
     """Tokens that the cache in memory holds; by default what 256 MiB hold, and the model's length in any case."""
     page_dtype: Literal["model", "fp8"] = "model"
     """What the cache holds: values as they are, or FP8 in about half the room (DeepSeek-V3 and V2)."""
+    disk_cache: bool = True
+    """Keep what was computed on disk, for later calls with the same model; `abyssal cache` shows and clears it."""
+    disk_cache_folder: Path | None = None
+    """Where; ~/.cache/abyssal/pages by default."""
+    disk_cache_bytes: int | None = None
+    """How large it may become; by default a tenth of what is free on the disk, at most 64 GiB."""
     max_sequences: int = 64
     """Texts that are written at once."""
     deterministic: bool = False
@@ -130,12 +136,17 @@ class EngineOptions:
         from abyssal.engine.core import EngineConfig
         from abyssal.engine.llm import LLM
 
+        if not self.disk_cache and (self.disk_cache_folder is not None or self.disk_cache_bytes is not None):
+            raise ValueError("--no-disk-cache and a folder or a size for it contradict each other; give one")
         config = EngineConfig(
             cache_tokens=self.cache_tokens,
             max_sequences=self.max_sequences,
             deterministic=self.deterministic,
             num_drafts=self.num_drafts,
             page_dtype=self.page_dtype,
+            disk_cache=self.disk_cache,
+            disk_cache_folder=None if self.disk_cache_folder is None else str(self.disk_cache_folder),
+            disk_cache_bytes=self.disk_cache_bytes,
         )
         dtype = None if self.dtype == "checkpoint" else getattr(torch, self.dtype)
         return LLM(model, dtype, config, tokenizer)

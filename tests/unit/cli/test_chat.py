@@ -165,7 +165,7 @@ def test_an_interrupt_drops_the_line_and_an_end_of_file_ends(monkeypatch: pytest
 def test_a_second_turn_finds_the_pages_of_the_first(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--max-tokens", "2", "--temperature", "0", "--verbose")
+    options = ("--max-tokens", "2", "--temperature", "0", "--verbose", "--no-disk-cache")
     status, _, err = chat(monkeypatch, capsys, folder, f"{'alpha ' * 80}\nbeta\n", *options)
     first, second = (line for line in err.splitlines() if "from the cache" in line)
     assert status == 0 and "0 from the cache" in first

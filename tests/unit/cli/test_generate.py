@@ -94,9 +94,17 @@ def test_the_engine_is_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     ).load("m")
     config = EngineConfig(num_drafts=1, cache_tokens=192, max_sequences=5, deterministic=True, page_dtype="fp8")
     assert given == ["m", torch.bfloat16, config, None]
+    given.clear()
+    EngineOptions(disk_cache_folder=Path("pages"), disk_cache_bytes=7).load("m")
+    EngineOptions(disk_cache=False).load("m")
+    assert (given[2], given[6]) == (
+        EngineConfig(disk_cache_folder="pages", disk_cache_bytes=7),
+        EngineConfig(disk_cache=False),
+    )
+    given.clear()
     assert parse(Options, ["m", "--num-drafts", "auto"], "generate").engine.num_drafts == "auto"
     EngineOptions().load("m")
-    assert given[4:] == ["m", None, EngineConfig(), None]
+    assert given == ["m", None, EngineConfig(), None]
 
 
 def test_json_is_an_object_a_completion(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +162,16 @@ def test_one_bad_prompt_does_not_keep_the_others(folder: Path, capsys: pytest.Ca
     assert status == 2 and err.count("\n") == 1 and "1 of 2 prompts failed; prompt 1: prompt: its 5001 tokens" in err
 
 
+def test_a_later_call_finds_what_an_earlier_one_computed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (str(folder), "--prompt", "東" * 60, "--max-tokens", "3", "--ignore-eos")
+    kept = ("--disk-cache-folder", str(tmp_path / "pages"))
+    first, again = (records(capsys, *arguments, *kept)[0] for _ in range(2))
+    assert (first.pop("cached_tokens"), again.pop("cached_tokens")) == (0, 128) and first == again
+    assert records(capsys, *arguments, "--no-disk-cache")[0]["cached_tokens"] == 0
+
+
 def test_figures_are_told_on_standard_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (str(folder), "--prompt", "alpha", "--max-tokens", "3", "--ignore-eos", "--verbose")
     _, _, plain = run(capsys, *arguments)
@@ -196,6 +214,8 @@ def test_a_tokenizer_larger_than_the_model_is_refused(
         (["--prompt", "\ud800"], "lone surrogate"),
         (["--num-drafts", "-1"], "num_drafts: -1"),
         (["--cache-tokens", "0"], "cache needs memory for one page"),
+        (["--no-disk-cache", "--disk-cache-bytes", "9"], "--no-disk-cache and a folder or a size for it contradict"),
+        (["--disk-cache-folder", __file__], "is not a folder"),
         (["--max-sequences", "0"], "max_sequences: 0"),
     ],
 )
