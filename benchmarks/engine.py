@@ -10,7 +10,8 @@ one; ``--resume`` measures only what the file lacks of this commit.  Pictures of
 end.
 
 Contestants take turns, a round at a time, after one round to warm up; figures are medians.  ``--docs`` saves in
-docs/results instead of benchmarks/results.  ``--smoke`` runs everything on tiny sizes, whose figures mean nothing.
+docs/results instead of benchmarks/results.  ``--smoke`` runs everything on tiny sizes, whose figures mean nothing.  The
+trained model is made once, in some minutes.  Two cores that do nothing else are what the figures need.
 """
 
 from __future__ import annotations

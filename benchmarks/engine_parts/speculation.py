@@ -1,6 +1,6 @@
 """Speculation by the MTP module of a really trained model: tokens a second with 0 to 3 drafts, and as it chooses.
 
-Prompts are beginnings of held-out documents, so that drafts are accepted as often as on text of its kind.
+Prompts are pieces of held-out documents, so that drafts are accepted as often as on text of its kind.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def _batch(model: Any, prompts: Sequence[tuple[int, ...]], case: Case, repeats: 
         "tokens_per_second": rates,
         "gain": {name: statistics.median(values) / plain for name, values in rates.items()},
         "acceptance": {name: engine.draft_statistics.acceptance for name, engine in engines.items()},
+        "gains_that_auto_saw": engines["auto"].draft_gains,
     }
 
 

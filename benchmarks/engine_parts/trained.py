@@ -28,17 +28,21 @@ class Trained:
     data: PreparedData
 
     def prompts(self, count: int, length: int) -> list[tuple[int, ...]]:
-        """The beginnings of held-out documents of at least ``length`` tokens.
+        """Pieces of held-out documents, far from one another.
 
         Raises:
             ValueError: there are not as many.
         """
         held_out = self.data.held_out
-        long_enough = [number for number, tokens in enumerate(held_out.lengths.tolist()) if tokens >= length]
-        if len(long_enough) < count:
-            raise ValueError(f"{self.data.folder}: {len(long_enough)} held-out documents have {length} tokens")
-        stride = len(long_enough) // count
-        return [tuple(held_out.document(number)[:length].tolist()) for number in long_enough[::stride][:count]]
+        places = [
+            (number, start)
+            for number, tokens in enumerate(held_out.lengths.tolist())
+            for start in range(0, tokens - length + 1, length)
+        ]
+        if len(places) < count:
+            raise ValueError(f"{self.data.folder}: the held-out text has {len(places)} pieces of {length} tokens")
+        chosen = places[:: len(places) // count][:count]
+        return [tuple(held_out.document(number)[start : start + length].tolist()) for number, start in chosen]
 
 
 def trained_model(folder: Path, steps: int | None = None) -> Trained:
