@@ -81,7 +81,8 @@ class LyingStore(MemoryStore):
         self._random = random.Random(seed)
 
     def lookup(self, keys: Sequence[bytes]) -> int:
-        return self._random.choice([len(keys), len(keys) + 3, super().lookup(keys)])
+        answers: list[Any] = [len(keys), len(keys) + 3, super().lookup(keys), None]
+        return self._random.choice(answers)
 
     def read(self, keys: Sequence[bytes], buffers: Sequence[Any]) -> int:
         good = min(super().read(keys, buffers), self._random.randrange(len(keys) + 1))
@@ -94,7 +95,8 @@ class LyingStore(MemoryStore):
         for key in keys:
             if self._random.random() < 0.3:
                 del self.pages[key]
-        return self._random.choice([len(keys), len(keys) + 2, 0, -1])
+        answers: list[Any] = [len(keys), len(keys) + 2, 0, -1, None]
+        return self._random.choice(answers)
 
 
 class SlowStore(MemoryStore):

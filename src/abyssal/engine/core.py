@@ -135,7 +135,7 @@ class Engine:
                 end_token_ids=self._ends,
                 vocab_size=spec.vocab_size,
                 num_drafts=num_drafts,
-                draft_layers=num_drafts > 0,
+                draft_layers=min(len(model.mtp), num_drafts),
                 deterministic=config.deterministic,
                 preemption=self._preemption(config),
             ),
@@ -355,8 +355,10 @@ class Engine:
             self.scheduler.imported(each.sequence, each.num_tokens, each.path, num_drafts)
 
     def _note_rate(self, plan: StepPlan, seconds: float) -> None:
+        if self._stored is None or not any(chunk.path == "prompt" for chunk in plan.chunks):
+            return
         read = sum(chunk.num_tokens for chunk in plan.chunks if chunk.path == "prompt")
-        if self._stored is not None and 2 * read > plan.num_tokens:
+        if 2 * read > plan.num_tokens:
             self._stored.note_computed(read, seconds)
 
     def settle(self) -> None:

@@ -46,10 +46,10 @@ def open_disk_cache(
     """
     if max_bytes is not None and max_bytes <= 0:
         raise ValueError(f"disk_cache_bytes: {max_bytes} must be above 0; disk_cache=False turns the cache off")
-    cache_folder = CacheFolder(default_folder() if folder is None else Path(folder))
     try:
+        cache_folder = CacheFolder(default_folder() if folder is None else Path(folder))
         cache_folder.prepare()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last: there is no home
         if folder is None:
             logger.warning("pages are not kept on disk: %s", error)
             return None

@@ -26,8 +26,8 @@ class SchedulerConfig:
     """To refuse tokens out of range; None: unchecked."""
     num_drafts: int = 0
     """Drafts verified a step and sequence, at most; 0: no speculation."""
-    draft_layers: bool = False
-    """MTP layers keep entries in the pages: the last token of a cached prefix is computed again."""
+    draft_layers: int = 0
+    """MTP layers that keep entries in the pages: so many last tokens of a cached prefix are computed again."""
     deterministic: bool = False
     """Every token by the path of an undisturbed run: replays go path by path, and only prompt-path pages are shared."""
     preemption: Literal["recompute", "offload"] = "recompute"

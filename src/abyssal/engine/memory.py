@@ -5,8 +5,9 @@ for memory; only growing output can run out.  (Taking pages chunk by chunk would
 price of prompts that hold pages and wait for each other.)  Idle pages of the prefix cache are taken back when free ones
 do not suffice.
 
-Where the model has MTP layers, a hit's last token is computed again, in a copy of its page: an MTP layer's entry
-depends on the token after, which may differ, and drafting needs the hidden state.
+Where the model has MTP layers, as many last tokens of a hit are computed again, in a copy of their page: the k-th MTP
+layer's entry depends on the k tokens after its own, which may differ, and drafting needs the hidden states.  They count
+as found in the cache.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class SequenceMemory:
 
     Args:
         deterministic: share pages of the prompt path alone.
-        draft_layers: the model has MTP layers that are to draft.
+        draft_layers: MTP layers that are to draft; less than a page has tokens.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class SequenceMemory:
         prefix: PrefixCache | None,
         stored: StoredPrefixes | None,
         deterministic: bool,
-        draft_layers: bool,
+        draft_layers: int,
     ) -> None:
         self.pool = pool
         self.prefix = prefix
@@ -68,13 +69,13 @@ class SequenceMemory:
         and ``spare`` more cannot be had.  Afterwards :meth:`incoming` says what is to be filled from elsewhere."""
         total = pages_for(len(sequence.tokens))
         match = self._match(sequence, total)
-        shares_last = self._draft_layers and bool(match.pages)
+        shares_last = bool(self._draft_layers and match.pages)
         needed = total - len(match.pages) + shares_last
         if needed + spare > self.available or not self._free(needed):
             self.pool.release(match.pages)
             return False
         sequence.pages = list(match.pages)
-        sequence.computed = match.num_tokens - shares_last
+        sequence.computed = match.num_tokens - (self._draft_layers if match.pages else 0)
         if not sequence.offloaded:
             sequence.prompt_path = match.num_tokens if match.path == "prompt" else 0
         sequence.published = match.num_tokens
@@ -105,7 +106,7 @@ class SequenceMemory:
         elif path == "prompt" and sequence.prompt_path >= transfer.start:
             sequence.prompt_path = stop
         if num_tokens:
-            sequence.computed = stop - (self._draft_layers and transfer.kind == "stored")
+            sequence.computed = stop - (self._draft_layers if transfer.kind == "stored" else 0)
 
     def grow(self, sequence: Sequence, stop: int) -> bool:
         """Make positions ``computed`` .. ``stop`` of a running sequence its own to write; False, changing nothing,

@@ -6,7 +6,7 @@ can know, and come back; what the store did not take, or lost, is computed again
 engine, layer by layer.
 
 Reading runs in threads beside the model's pass, over pages that nobody else uses until the scheduler hears that they
-are there.  A page that was not filled is zeroed: what a failed read left in it might be no numbers at all.
+are there.  What a failed read leaves in a page does not matter: it is computed over before anything looks at it.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class PageMover:
     def fetch(self, imports: Iterable[Transfer]) -> None:
         """Begin to fill pages, after whatever the same plan copies."""
         for transfer in imports:
-            buffers = [self._cache.page_buffer(page) for page in transfer.pages]
+            buffers = [] if transfer.kind == "remote" else [self._cache.page_buffer(page) for page in transfer.pages]
             self._under_way[self._threads().submit(self._job(transfer, buffers))] = (transfer, buffers)
 
     def arrivals(self, seconds: float = 0.0) -> list[Arrival]:
@@ -168,10 +168,7 @@ class PageMover:
         except Exception:  # computing them instead costs time alone
             logger.warning("pages of another engine did not arrive, and are computed here", exc_info=True)
         num_tokens = min(num_tokens, transfer.num_tokens)
-        for index in range(pages_for(num_tokens), len(buffers)):
-            buffers[index][:] = 0
-        if transfer.kind != "remote" or not num_tokens:
-            for page, buffer in zip(transfer.pages, buffers, strict=True):
-                self._cache.put_buffer(page, buffer)
+        for page, buffer in zip(transfer.pages[: pages_for(num_tokens)], buffers, strict=False):
+            self._cache.put_buffer(page, buffer)
         keeps_drafts = transfer.kind != "stored" and num_tokens == transfer.num_tokens
         return Arrival(transfer.sequence, num_tokens, path, keeps_drafts)

@@ -149,6 +149,26 @@ def test_new_weights_are_another_space_that_nobody_shares(model: Transformer) ->
     assert len(store.pages) == 6
 
 
+def test_weights_may_change_and_memory_be_given_up_while_pages_are_read(model: Transformer) -> None:
+    store = SlowStore(0.1)
+    wanted = ask(model, store)
+    kept = dict(store.pages)
+    engine = Engine(model, config=DETERMINISTIC, stored=stored_in(store))
+    engine.add(Request(0, prompt_of(200), PARAMS))
+    engine.step()
+    engine.sleep()
+    engine.wake()
+    engine.step()
+    engine.update_weights(1)
+    outputs: list[RequestOutput] = []
+    while engine.unfinished:
+        outputs += engine.step()
+        engine.scheduler.check()
+    assert (outputs[-1].token_ids, outputs[-1].logprobs) == (wanted.token_ids, wanted.logprobs)
+    assert len(store.pages) == 2 * len(kept), "the new weights' pages are written anew"
+    assert kept.items() <= store.pages.items()
+
+
 @pytest.mark.parametrize("num_drafts", [1, 2])
 def test_drafts_are_accepted_after_a_hit_as_without(trained_model: Any, num_drafts: int) -> None:
     tokenizer = trained_model.tokenizer

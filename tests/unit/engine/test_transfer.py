@@ -11,9 +11,11 @@ import torch
 
 from abyssal.engine.core import Engine, EngineConfig
 from abyssal.engine.messages import Request, RequestOutput, SamplingParams, StructuredOutput
+from abyssal.engine.stored import StoredPages
 from abyssal.engine.transfer import DraftState, LayerPages, TensorBytes
 from abyssal.model.transformer import Transformer
 from tests.support.checkpoints import SMALL, random_model
+from tests.support.page_stores import SPACE, MemoryStore
 
 SPEC = replace(SMALL, max_positions=512)
 CONFIG = EngineConfig(deterministic=True)
@@ -48,6 +50,7 @@ def disaggregated(
     prefill_output = run(first)
     exported = first.export_pages(7)
     second.import_pages(exported.prefilled, exported.layers(), request_id=0)
+    assert second._runner.draft_state(0) == exported.prefilled.draft, "hidden states cross too"
     output = run(second)
     first.release_pages(7)
     first.scheduler.check()
@@ -134,6 +137,31 @@ def test_pages_cross_layer_by_layer(model: Transformer) -> None:
     assert not crossed
     assert run(second).token_ids == whole(model, CONFIG, params)[0].token_ids
     assert crossed == [0, 1, 2], "the MTP module's is the last"
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("source", ["memory", "store"])
+def test_pages_after_a_hit_are_those_of_a_computation(depth: int, source: str) -> None:
+    """In every layer, the MTP modules' included, though the text went on otherwise where the pages were made."""
+    model = random_model(replace(SPEC, mtp_depth=depth))
+    config = replace(CONFIG, num_drafts=depth)
+    params = SamplingParams(temperature=0, max_tokens=4)
+    store = MemoryStore()
+    seen: list[list[Any]] = []
+    for warm in (True, False):
+        first = Engine(model, None, config, stored=StoredPages(store, SPACE) if warm else None)
+        if warm:
+            first.add(Request(0, (*PROMPT[:128], *PROMPT[:70]), params))
+            run(first)
+            if source == "store":
+                first = Engine(model, None, config, stored=StoredPages(store, SPACE))
+        output = prefill(first, params)
+        assert output.cached_tokens == (128 if warm else 0)
+        layers = [each.entries.tensor() for each in first.export_pages(7).layers()]
+        seen.append([entries.flatten(0, 1)[: 150 - depth] for entries in layers])
+    assert len(seen[0]) == 2 + depth
+    for hit, computed in zip(*seen, strict=True):
+        assert torch.equal(hit, computed)
 
 
 @pytest.mark.parametrize("damage", ["broken off", "missing", "twice", "shape"])
