@@ -131,6 +131,22 @@ def test_json_is_an_object_a_completion(folder: Path, capsys: pytest.CaptureFixt
     assert len(best) == 1
 
 
+def test_outputs_are_in_the_order_of_the_prompts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever ends first."""
+
+    def as_finished(llm: LLM, prompts: list[str], params: SamplingParams) -> Any:
+        for number in (1, 2, 0):
+            completion = CompletionOutput(0, (5,), f"text {number}", "stop", 3)
+            yield number, RequestOutput(number, (), (completion,), prompts[number])
+
+    monkeypatch.setattr(LLM, "as_finished", as_finished)
+    given = [word for prompt in "abc" for word in ("--prompt", prompt)]
+    found = [(each["prompt_index"], each["prompt"], each["text"]) for each in records(capsys, str(folder), *given)]
+    assert found == [(0, "a", "text 0"), (1, "b", "text 1"), (2, "c", "text 2")]
+
+
 def test_prompts_come_from_files_and_from_standard_input(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
