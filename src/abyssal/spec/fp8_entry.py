@@ -11,6 +11,7 @@ latent attention is kept plain, as every head's score reads it directly.  For De
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 TILE = 128
 """Values under one scale; the last tile of a run may hold fewer."""
@@ -26,30 +27,30 @@ class Fp8Entry:
     plain_values: int = 0
     """Values kept in BF16, after the runs."""
 
-    @property
+    @cached_property
     def values(self) -> int:
         """Values of an entry in all."""
         return self.runs * self.run_values + self.plain_values
 
-    @property
+    @cached_property
     def tiles_per_run(self) -> int:
         return -(-self.run_values // TILE)
 
-    @property
+    @cached_property
     def num_codes(self) -> int:
         return self.runs * self.run_values
 
-    @property
+    @cached_property
     def scales_at(self) -> int:
         """Byte at which the scales begin: after the codes, at a multiple of 4."""
         return -(-self.num_codes // 4) * 4
 
-    @property
+    @cached_property
     def plain_at(self) -> int:
         """Byte at which the plain values begin."""
         return self.scales_at + 4 * self.runs * self.tiles_per_run
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Of an entry, a multiple of 4."""
         return -(-(self.plain_at + 2 * self.plain_values) // 4) * 4

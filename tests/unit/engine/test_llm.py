@@ -6,12 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from abyssal.engine.core import EngineConfig
 from abyssal.engine.llm import LLM
-from abyssal.engine.messages import Request, RequestOutput, SamplingParams
+from abyssal.engine.messages import RequestOutput, SamplingParams
 from abyssal.model.attention import LatentAttention
 from abyssal.model.transformer import Transformer
 from tests.support.checkpoints import SMALL, random_model
@@ -207,41 +205,3 @@ def _packed(prompt: list[int]):
     from abyssal.model.context import PackedBatch
 
     return PackedBatch([len(prompt)])
-
-
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_random_arrivals_and_cancellations_change_no_token(data: st.DataObject, model: Transformer) -> None:
-    """Requests come and go between steps; who finishes has the tokens it has alone."""
-    pages = data.draw(st.integers(6, 12))
-    drafts = data.draw(st.integers(0, 2))
-    config = EngineConfig(
-        deterministic=True, cache_tokens=pages * 64, token_budget=32, max_sequences=6, num_drafts=drafts
-    )
-    engine = LLM(model, config=config).engine
-    asked = data.draw(st.lists(st.sampled_from([3, 64, 65, 130, 200]), min_size=2, max_size=6))
-    requests = [
-        Request(number, tuple(prompt), SamplingParams(temperature=0.8, seed=number, max_tokens=12))
-        for number, prompt in enumerate(prompts(tuple(asked)))
-    ]
-    done: dict[int, RequestOutput] = {}
-    waiting = list(requests)
-    while waiting or engine.unfinished:
-        if waiting and (not engine.unfinished or data.draw(st.booleans())):
-            engine.add(waiting.pop(0))
-        if data.draw(st.integers(0, 9)) == 0:
-            engine.cancel(data.draw(st.integers(0, len(requests) - 1)))
-        done.update((output.request_id, output) for output in engine.step() if output.finished)
-        engine.scheduler.check()
-    for request in requests:
-        output = done[request.request_id]
-        alone = _alone(model, request)
-        if output.finish_reason == "cancelled":
-            assert alone[: len(output.token_ids)] == output.token_ids
-        else:
-            assert output.token_ids == alone
-
-
-def _alone(model: Transformer, request: Request) -> tuple[int, ...]:
-    llm = LLM(model, config=EngineConfig(deterministic=True))
-    return llm.generate([list(request.prompt_ids)], request.params)[0].token_ids
