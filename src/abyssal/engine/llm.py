@@ -147,7 +147,7 @@ class LLM:
                 for output in outputs:
                     if output.finished and output.request_id in running:
                         number = running.pop(output.request_id)
-                        yield number, self._with_prompt(output, prompts[number])
+                        yield number, self._with_prompt(output, prompts[number], params[number])
                 if not running:
                     return
                 outputs = self.engine.step()
@@ -163,14 +163,16 @@ class LLM:
             ValueError: the prompt cannot run, or the engine sleeps.
         """
         self._check_awake()
-        request = Request(next(self._numbers), self._ids(prompt), params or SamplingParams())
+        params = params or SamplingParams()
+        request = Request(next(self._numbers), self._ids(prompt), params)
         self.engine.add(request)
         try:
             while True:
                 self._check_awake()
                 for output in self.engine.step():
                     if output.request_id == request.request_id:
-                        yield output.snapshot() if isinstance(output, GrowingOutput) else output
+                        grown = output.snapshot() if isinstance(output, GrowingOutput) else output
+                        yield self._with_prompt(grown, prompt, params)
                         if output.finished:
                             return
         except BaseException:
@@ -211,11 +213,15 @@ class LLM:
         add_bos = self.tokenizer.bos_token_id is not None
         return tuple(self.tokenizer.encode(prompt, add_bos=add_bos))
 
-    def _with_prompt(self, output: RequestOutput, prompt: Prompt) -> RequestOutput:
-        if isinstance(prompt, str):
-            return replace(output, prompt=prompt)
-        known = self.tokenizer is not None and output.prompt_ids
-        return replace(output, prompt=self.tokenizer.decode(prompt)) if known and self.tokenizer else output
+    def _with_prompt(self, output: RequestOutput, prompt: Prompt, params: SamplingParams) -> RequestOutput:
+        """The output with its prompt's text, before that of its completions where they are to echo it."""
+        text = prompt if isinstance(prompt, str) else ""
+        if not isinstance(prompt, str) and self.tokenizer is not None and output.prompt_ids:
+            text = self.tokenizer.decode(prompt)
+        outputs = output.outputs
+        if params.echo:
+            outputs = tuple(replace(completion, text=text + completion.text) for completion in outputs)
+        return replace(output, prompt=text, outputs=outputs)
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -85,7 +85,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     """The same for each prompt token but the first.  The prompt is then computed whole, past any cache."""
     echo: bool = False
-    """Put the prompt before the output."""
+    """Put the prompt's text before the output's, where prompts are text or there is a tokenizer; its tokens and
+    log-probabilities are the output's own field either way."""
     structured: StructuredOutput | None = None
     """A form that the output must have."""
     return_experts: bool = False

@@ -205,3 +205,17 @@ def _packed(prompt: list[int]):
     from abyssal.model.context import PackedBatch
 
     return PackedBatch([len(prompt)])
+
+
+def test_echo_puts_the_prompt_before_the_text(trained_model) -> None:
+    llm = LLM(trained_model.model, tokenizer=trained_model.tokenizer)
+    text = "import os\n"
+    params = SamplingParams(temperature=0, max_tokens=6, prompt_logprobs=1)
+    plain = llm.generate([text], params)[0]
+    echoed = llm.generate([text], replace(params, echo=True))[0]
+    assert (echoed.text, echoed.prompt) == (text + plain.text, text)
+    assert (echoed.token_ids, echoed.prompt_logprobs) == (plain.token_ids, plain.prompt_logprobs)
+    *_, last = llm.stream(text, replace(params, echo=True))
+    assert last.text == echoed.text
+    by_tokens = llm.generate([list(plain.prompt_ids)], replace(params, echo=True))[0]
+    assert by_tokens.text == trained_model.tokenizer.decode(plain.prompt_ids) + plain.text
