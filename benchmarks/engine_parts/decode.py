@@ -26,6 +26,8 @@ from .touched import decode_bytes, decode_flops, distinct_experts
 PROMPT, NEW = 128, 64
 SKIPPED = 4
 """Steps after the prompt that are not counted."""
+COPIED_BYTES = 6 << 30
+"""``batched_mm`` copies the chosen experts' weights for each token of the prompts; beyond this it is left out."""
 
 
 def engine_for(model: Transformer, batch: int, **options: Any) -> Engine:
@@ -62,8 +64,17 @@ def experts_touched(engine: Engine, tokens_BS: torch.Tensor, new_tokens: int) ->
     return distinct_experts([output.outputs[0].experts for output in finished], tokens_BS.shape[1])
 
 
+def fitting(peers: dict[str, Any], ours: Transformer, batch: int) -> dict[str, Any]:
+    """The peers whose prefill of ``batch`` prompts fits into memory."""
+    moe = ours.spec.moe
+    weights = 0 if moe is None else moe.top_k * 2 * moe.expert_ffn_size * ours.spec.hidden_size
+    copied = batch * PROMPT * weights * ours.embed.weight.element_size()
+    return {form: model for form, model in peers.items() if form != "batched_mm" or copied <= COPIED_BYTES}
+
+
 def _batch(ours: Transformer, peers: dict[str, Any], batch: int, setting: Setting) -> dict[str, Any]:
     new = 12 if setting.smoke else NEW
+    peers = fitting(peers, ours, batch)
     tokens_BS = random_prompts(batch, PROMPT, ours.spec.vocab_size)
     engine = engine_for(ours, batch)
     rates = interleaved(
