@@ -14,7 +14,8 @@ import torch
 from support.peer import DTYPES, load_ours, write_model
 from support.record import interleaved
 
-from abyssal.engine.core import Engine, EngineConfig
+from abyssal.engine.config import EngineConfig
+from abyssal.engine.core import Engine
 from abyssal.engine.messages import Request, SamplingParams
 from abyssal.model.transformer import Transformer
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from support.peer import DTYPES
 
-from abyssal.engine.core import EngineConfig
+from abyssal.engine.config import EngineConfig
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import SamplingParams
 

@@ -13,7 +13,8 @@ from typing import Any
 from support.peer import load_ours, write_model
 from support.record import interleaved
 
-from abyssal.engine.core import Engine, EngineConfig
+from abyssal.engine.config import EngineConfig
+from abyssal.engine.core import Engine
 from abyssal.engine.messages import Request, SamplingParams
 from abyssal.model.transformer import Transformer
 from abyssal.spec.arithmetic import prefill_flops_per_token

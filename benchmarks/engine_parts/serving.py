@@ -12,7 +12,8 @@ from typing import Any
 from support.peer import load_ours, write_model
 from support.record import interleaved
 
-from abyssal.engine.core import Engine, EngineConfig
+from abyssal.engine.config import EngineConfig
+from abyssal.engine.core import Engine
 from abyssal.model.transformer import Transformer
 
 from .load import ClosedLoad, Job, OpenLoad, poisson, serve, summary, synthetic

@@ -13,7 +13,8 @@ from typing import Any
 from support.record import interleaved
 
 from abyssal.checkpoint.hf import load_model
-from abyssal.engine.core import Engine, EngineConfig
+from abyssal.engine.config import EngineConfig
+from abyssal.engine.core import Engine
 from abyssal.engine.messages import Request, SamplingParams
 
 from .setting import DTYPES, Case, Part, Setting

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from abyssal.checkpoint.hf import load_model as load_model
-    from abyssal.engine.core import EngineConfig as EngineConfig
+    from abyssal.engine.config import EngineConfig as EngineConfig
     from abyssal.engine.llm import LLM as LLM
     from abyssal.engine.messages import SamplingParams as SamplingParams
     from abyssal.spec.model import ModelSpec as ModelSpec

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from abyssal.cache.paged import PageDtype
 from abyssal.cache.pages import PAGE
-from abyssal.engine.core import Engine, EngineConfig
+from abyssal.engine.config import EngineConfig
+from abyssal.engine.core import Engine
 from abyssal.engine.messages import CompletionOutput, Request, RequestOutput, SamplingParams, TokenLogprobs
 from abyssal.engine.random import fork_seed
 from abyssal.engine.stored import StoredPages

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from abyssal.cache.disk import DiskCache
-from abyssal.engine.core import Engine, EngineConfig
+from abyssal.engine.config import EngineConfig
+from abyssal.engine.core import Engine
 from abyssal.engine.messages import Request, RequestOutput, SamplingParams
 from abyssal.engine.stored import StoredPages
 from abyssal.model.transformer import Transformer

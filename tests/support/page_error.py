@@ -24,7 +24,7 @@ from abyssal.cache.paged import PagedBatch, PagedCache, PagedTokens
 from abyssal.cache.pages import PAGE
 from abyssal.checkpoint.hf import load_model
 from abyssal.data.shards import PreparedData
-from abyssal.engine.core import EngineConfig
+from abyssal.engine.config import EngineConfig
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import SamplingParams
 from abyssal.kernels.fp8_entries import dequantise_entries, quantise_entries

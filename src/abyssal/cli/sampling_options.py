@@ -133,7 +133,7 @@ class EngineOptions:
         """
         import torch
 
-        from abyssal.engine.core import EngineConfig
+        from abyssal.engine.config import EngineConfig
         from abyssal.engine.llm import LLM
 
         if not self.disk_cache and (self.disk_cache_folder is not None or self.disk_cache_bytes is not None):

@@ -10,16 +10,15 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from abyssal.cache.paged import PagedCache, PageDtype
-from abyssal.cache.pages import PAGE, PagePool
+from abyssal.cache.paged import PagedCache
+from abyssal.cache.pages import PagePool
 from abyssal.cache.prefix import PrefixCache
+from abyssal.engine.config import EngineConfig
 from abyssal.engine.gain import DraftGain, DraftStatistics
-from abyssal.engine.limits import SchedulerConfig
 from abyssal.engine.live import LiveSequence
 from abyssal.engine.messages import Path, Progress, Request, RequestOutput, StepPlan
 from abyssal.engine.moving import Arrival, PageMover
@@ -34,38 +33,6 @@ from abyssal.engine.weights import copy_weights
 from abyssal.model.transformer import Transformer
 from abyssal.text.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Memory and choices of an engine."""
-
-    cache_tokens: int | None = None
-    """Tokens that the paged cache holds, rounded up to pages of 64; by default 16 times the model's length, as far as
-    256 MiB go, and once its length in any case."""
-    token_budget: int = 512
-    """Tokens a step."""
-    max_sequences: int = 64
-    """Sequences that run at once."""
-    prefix_cache: bool = True
-    """Keep pages of ended requests for requests that begin alike."""
-    deterministic: bool = False
-    """Every token by the path of an undisturbed run; only pages of prompts are shared."""
-    num_drafts: int | Literal["auto"] = 0
-    """Tokens that the model's MTP modules draft for each sequence and step, to be verified in one pass; 0: none.
-    ``auto``: as many as there are modules, as long as they make tokens come faster, which is measured."""
-    preemption: Literal["recompute", "offload"] = "recompute"
-    """What becomes of the pages of a preempted sequence: computed again, or written to the disk cache and read back."""
-    disk_cache: bool = True
-    """Keep pages on disk, for this engine later and for others of the same model: of an engine over a model folder."""
-    disk_cache_folder: str | None = None
-    """Where; by default ``~/.cache/abyssal/pages`` (``$XDG_CACHE_HOME``), which ``abyssal cache`` looks into."""
-    disk_cache_bytes: int | None = None
-    """How large it may become; by default a tenth of what is free on the disk, at most 64 GiB."""
-    page_dtype: PageDtype = "model"
-    """What pages hold: values in the activations' dtype, or FP8 codes with their scales, about half of BF16's bytes."""
-
-
-DEFAULT_CACHE_BYTES = 1 << 28
 IMPORT_SECONDS = 0.05
 """How long a step that has nothing to compute waits for pages on their way."""
 
@@ -98,10 +65,9 @@ class Engine:
         stored: StoredPages | None = None,
     ) -> None:
         config = config or EngineConfig()
-        if config.cache_tokens is not None and config.cache_tokens < 1:
-            raise ValueError(
-                f"cache_tokens: {config.cache_tokens}, but the cache needs memory for one page of {PAGE} tokens"
-            )
+        if config.preemption == "offload" and stored is None:
+            logger.warning("preemption: without a disk cache nothing can be offloaded, so pages are computed again")
+            config = replace(config, preemption="recompute")
         spec = model.spec
         end = spec.eos_token_id
         self._ends = () if end is None else end if isinstance(end, tuple) else (end,)
@@ -113,10 +79,10 @@ class Engine:
         self._structures = None
         if tokenizer is not None:
             self._structures = StructureCompiler(tokenizer.to_json(), spec.vocab_size, self._ends)
-        num_pages = self._num_pages(model, config)
+        num_pages = config.num_pages(model)
         self._live: dict[int, LiveSequence] = {}
         self._requests: dict[int, list[LiveSequence]] = {}
-        num_drafts = self._num_drafts(model, config)
+        num_drafts = config.drafts(model)
         self._gain = DraftGain(num_drafts, clock) if config.num_drafts == "auto" and num_drafts else None
         cache = PagedCache(spec, num_pages, cache_dtype(model), page_dtype=config.page_dtype)
         self._cache, self._stored, self._clock = cache, stored, clock
@@ -128,49 +94,12 @@ class Engine:
         self._runner = ModelRunner(model, cache, self._live, self._mover, num_drafts)
         pool = PagePool(num_pages)
         self.scheduler = Scheduler(
-            SchedulerConfig(
-                max_positions=spec.max_positions,
-                token_budget=config.token_budget,
-                max_sequences=config.max_sequences,
-                end_token_ids=self._ends,
-                vocab_size=spec.vocab_size,
-                num_drafts=num_drafts,
-                draft_layers=min(len(model.mtp), num_drafts),
-                deterministic=config.deterministic,
-                preemption=self._preemption(config),
-            ),
+            config.of_scheduler(model, self._ends),
             pool,
             PrefixCache(pool) if config.prefix_cache else None,
             clock,
             stored,
         )
-
-    def _preemption(self, config: EngineConfig) -> Literal["recompute", "offload"]:
-        if config.preemption == "offload" and self._stored is None:
-            logger.warning("preemption: without a disk cache nothing can be offloaded, so pages are computed again")
-            return "recompute"
-        return config.preemption
-
-    @staticmethod
-    def _num_drafts(model: Transformer, config: EngineConfig) -> int:
-        if config.num_drafts == "auto":
-            return len(model.mtp)
-        if not isinstance(config.num_drafts, int):
-            raise ValueError(f"num_drafts: {config.num_drafts!r} must be a number of tokens, 0 for none, or 'auto'")
-        if config.num_drafts and not len(model.mtp):
-            raise ValueError(
-                f"num_drafts: {config.num_drafts} tokens cannot be drafted by a model without MTP modules; set it to 0"
-            )
-        return config.num_drafts
-
-    @staticmethod
-    def _num_pages(model: Transformer, config: EngineConfig) -> int:
-        if config.cache_tokens is not None:
-            return -(-config.cache_tokens // PAGE)
-        longest = -(-model.spec.max_positions // PAGE)
-        one = PagedCache(model.spec, 1, cache_dtype(model), page_dtype=config.page_dtype)
-        fitting = DEFAULT_CACHE_BYTES // one.page_bytes
-        return max(longest, min(16 * longest, fitting))
 
     def add(self, request: Request) -> None:
         """Queue a request.

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from abyssal.checkpoint.hf import load_model
-from abyssal.engine.core import Engine, EngineConfig
+from abyssal.engine.config import EngineConfig
+from abyssal.engine.core import Engine
 from abyssal.engine.disk import open_disk_cache
 from abyssal.engine.messages import Request, RequestOutput, SamplingParams, TokenLogprobs
 from abyssal.engine.outputs import GrowingOutput

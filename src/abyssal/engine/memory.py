@@ -19,7 +19,7 @@ from typing import Protocol
 from abyssal.cache.pages import PAGE, PagePool
 from abyssal.cache.prefix import Match, PrefixCache
 from abyssal.engine.messages import FinishedPrefix, Path, Transfer
-from abyssal.engine.request import Sequence, pages_for
+from abyssal.engine.request import Sequence, Status, pages_for
 
 NOTHING = Match((), 0, "prompt")
 
@@ -158,6 +158,14 @@ class SequenceMemory:
         self.finished.append(
             FinishedPrefix(tuple(sequence.tokens[:whole]), pages, of_prompt, sequence.request.namespace)
         )
+
+    def check(self, sequences: Collection[Sequence]) -> None:
+        """Assert that pages and sequences account for each other exactly."""
+        self.pool.check([sequence.pages for sequence in sequences])
+        for sequence in sequences:
+            assert bool(sequence.pages) == sequence.holds_pages, (sequence.number, sequence.status)
+            assert sequence.computed <= len(sequence.pages) * PAGE
+            assert sequence.status is Status.HELD or sequence.computed < len(sequence.tokens) <= sequence.limit
 
     def _match(self, sequence: Sequence, total: int) -> Match:
         request = sequence.request

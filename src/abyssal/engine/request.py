@@ -104,6 +104,20 @@ class Sequence:
         return self.status is Status.RUNNING and known - self.computed == 1 and known > self.num_prompt
 
     @property
+    def is_idle(self) -> bool:
+        """Whether it runs and is not in the step being planned."""
+        return self.status is Status.RUNNING and not self.in_flight
+
+    @property
+    def holds_pages(self) -> bool:
+        return self.status in (Status.IMPORTING, Status.RUNNING, Status.HELD)
+
+    @property
+    def expendable(self) -> tuple[int, int]:
+        """The greatest goes first when pages are short: of the lowest priority, the youngest."""
+        return -self.request.priority, self.number
+
+    @property
     def num_slots(self) -> int:
         """Of the sequences that may run at once, how many it takes up."""
         return 1 + len(self.forks)

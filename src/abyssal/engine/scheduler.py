@@ -25,10 +25,10 @@ import time
 from bisect import insort
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
 
-from abyssal.cache.pages import PAGE, PagePool
+from abyssal.cache.pages import PagePool
 from abyssal.cache.prefix import PrefixCache
+from abyssal.engine.deadlines import Deadlines
 from abyssal.engine.fairness import FairShares, WaitingQueue
 from abyssal.engine.limits import SchedulerConfig, check_request, token_limit
 from abyssal.engine.lookahead import NextEvent, uneventful_steps
@@ -91,7 +91,7 @@ class Scheduler:
         self._plan: StepPlan | None = None
         self._numbers = 0
         self._requests: dict[int, list[Sequence]] = {}
-        self._deadlines: list[tuple[float, int]] = []  # a heap of (time, request)
+        self._deadlines = Deadlines(self._lives)
         self.num_preemptions = 0
 
     # The policy
@@ -146,7 +146,7 @@ class Scheduler:
 
     def _next_reading(self, step: _Step, priority: int) -> Sequence | None:
         """The sequence whose prompt (or replay) goes next: of the user served least, the oldest."""
-        reading = [s for s in self._running if _is_idle(s) and s.request.priority == priority]
+        reading = [s for s in self._running if s.is_idle and s.request.priority == priority]
         if step.admitting and (head := self._waiting.first(priority, self._shares)) is not None:
             reading.append(head)
         return min(reading, key=lambda s: (self._shares.served(s.request.user), s.number), default=None)
@@ -154,11 +154,11 @@ class Scheduler:
     def _admit(self, step: _Step, sequence: Sequence) -> bool:
         """Let a waiting sequence begin, if need be in the place of younger ones of lower priority."""
         while not (self._has_slots(sequence) and self._memory.admit(sequence, self._spare_pages())):
-            lower = [s for s in self._running if _is_idle(s) and s.request.priority < sequence.request.priority]
+            lower = [s for s in self._running if s.is_idle and s.request.priority < sequence.request.priority]
             pages = self._memory.available + sum(len(s.pages) for s in lower)
             if not lower or pages < pages_for(len(sequence.tokens)):
                 return False
-            self._preempt(step, max(lower, key=_least_claim))
+            self._preempt(step, max(lower, key=lambda s: s.expendable))
         self._begin(step, sequence)
         return True
 
@@ -169,8 +169,8 @@ class Scheduler:
 
     def _victim(self, sequence: Sequence) -> Sequence | None:
         """Whose pages a writing sequence may take."""
-        younger = [s for s in self._running if _is_idle(s) and _least_claim(s) > _least_claim(sequence)]
-        return max(younger, key=_least_claim, default=None)
+        younger = [s for s in self._running if s.is_idle and s.expendable > sequence.expendable]
+        return max(younger, key=lambda s: s.expendable, default=None)
 
     def _has_slots(self, sequence: Sequence) -> bool:
         return sum(s.num_slots for s in self._running) + sequence.num_slots <= self.config.max_sequences
@@ -207,7 +207,7 @@ class Scheduler:
 
     def _preempt(self, step: _Step, sequence: Sequence) -> None:
         """Take a sequence's pages: it waits again, at its old place."""
-        assert _is_idle(sequence), sequence.number
+        assert sequence.is_idle, sequence.number
         if self.config.preemption == "offload" and sequence.computed:
             pages = tuple(sequence.pages[: pages_for(sequence.computed)])
             step.exports.append(Transfer(sequence.number, "offload", 0, sequence.computed, pages))
@@ -250,7 +250,7 @@ class Scheduler:
             self.sequences[sequence.number] = sequence
             self._shares.enter(request.user)
         if request.deadline is not None:
-            heappush(self._deadlines, (request.deadline, request.request_id))
+            self._deadlines.add(request.deadline, request.request_id)
 
     def cancel(self, request_id: int, reason: FinishReason = "cancelled", detail: str = "") -> bool:
         """End a request, now or as soon as the step that it is in is back; False where there is none.
@@ -431,14 +431,11 @@ class Scheduler:
             del self._requests[sequence.request.request_id]
 
     def _end_expired(self) -> None:
-        now = self._clock()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, request_id = heappop(self._deadlines)
-            if self._lives(deadline, request_id):
-                self.cancel(request_id, "deadline")
+        for request_id in self._deadlines.take_expired(self._clock()):
+            self.cancel(request_id, "deadline")
 
     def _lives(self, deadline: float, request_id: int) -> bool:
-        """Whether an entry of the heap is that of a request under way, not of an ended one of the same number."""
+        """Whether a request of this number and deadline is under way."""
         return any(s.request.deadline == deadline for s in self._requests.get(request_id, ()))
 
     # For simulators and tests
@@ -467,15 +464,13 @@ class Scheduler:
         """Until when plans stay alike; None when nothing is under way."""
         if not self.unfinished:
             return None
-        while self._deadlines and not self._lives(*self._deadlines[0]):
-            heappop(self._deadlines)
         alike = self._plan is None and all(self._memory.owns_next(s) and not s.num_drafts for s in self._running)
         if self._waiting:  # full, and nobody waits who would displace a running one
             full = sum(s.num_slots for s in self._running) >= self.config.max_sequences
             lowest = min((s.request.priority for s in self._running), default=0)
             alike = alike and full and max(self._waiting.priorities()) <= lowest
         steps = uneventful_steps(self._running, self._memory.pool.free) if alike else 0
-        return NextEvent(steps, self._deadlines[0][0] if self._deadlines else None)
+        return NextEvent(steps, self._deadlines.first())
 
     def skip(self, steps: int, token: int = 0) -> None:
         """Do as if ``steps`` plans had run, at most those of :meth:`next_event`, each sampling ``token``, which ends
@@ -498,21 +493,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert that pages and sequences account for each other exactly."""
-        self._memory.pool.check([sequence.pages for sequence in self.sequences.values()])
+        self._memory.check(self.sequences.values())
         for sequence in self.sequences.values():
-            holds = sequence.status in (Status.IMPORTING, Status.RUNNING, Status.HELD)
-            assert bool(sequence.pages) == holds, (sequence.number, sequence.status)
             assert (sequence in self._running) == (sequence.status in (Status.IMPORTING, Status.RUNNING))
-            assert sequence.computed <= len(sequence.pages) * PAGE
-            assert sequence.status is Status.HELD or sequence.computed < len(sequence.tokens) <= sequence.limit
         assert sum(s.num_slots for s in self._running) <= self.config.max_sequences
-
-
-def _is_idle(sequence: Sequence) -> bool:
-    """Whether it holds pages and is not in the step being planned."""
-    return sequence.status is Status.RUNNING and not sequence.in_flight
-
-
-def _least_claim(sequence: Sequence) -> tuple[int, int]:
-    """The greatest goes first when pages are short: of the lowest priority, the youngest."""
-    return -sequence.request.priority, sequence.number

@@ -16,7 +16,7 @@ from abyssal.cli.generate import Options
 from abyssal.cli.main import main
 from abyssal.cli.sampling_options import EngineOptions
 from abyssal.engine import llm as llm_module
-from abyssal.engine.core import EngineConfig
+from abyssal.engine.config import EngineConfig
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import CompletionOutput, RequestOutput, SamplingParams, StructuredOutput
 from abyssal.text.tokenizer import BOS, EOS, Tokenizer, train_bpe

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from abyssal.engine.core import Engine, EngineConfig
+from abyssal.engine.config import EngineConfig
+from abyssal.engine.core import Engine
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import Request, SamplingParams, StructuredOutput
 from abyssal.model.transformer import Transformer

@@ -19,7 +19,7 @@ from abyssal.cache.folder import default_folder
 from abyssal.cache.key import FileDigests, Stopped, model_files
 from abyssal.checkpoint.hf import save_model
 from abyssal.engine import disk
-from abyssal.engine.core import EngineConfig
+from abyssal.engine.config import EngineConfig
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import RequestOutput, SamplingParams
 from abyssal.text.tokenizer import train_bpe

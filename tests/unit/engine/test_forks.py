@@ -11,7 +11,8 @@ import torch
 
 from abyssal.cache.paged import PageDtype
 from abyssal.cache.pages import PAGE
-from abyssal.engine.core import Engine, EngineConfig
+from abyssal.engine.config import EngineConfig
+from abyssal.engine.core import Engine
 from abyssal.engine.messages import CompletionOutput, Request, RequestOutput, SamplingParams, StepPlan
 from abyssal.engine.random import fork_seed
 from abyssal.engine.request import pages_for

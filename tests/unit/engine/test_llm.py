@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from abyssal.engine.core import EngineConfig
+from abyssal.engine.config import EngineConfig
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import RequestOutput, SamplingParams
 from abyssal.model.attention import LatentAttention

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from abyssal.engine.core import EngineConfig
+from abyssal.engine.config import EngineConfig
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import SamplingParams
 from abyssal.model.context import PackedBatch, ReplayBatch

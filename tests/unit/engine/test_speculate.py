@@ -10,7 +10,8 @@ import torch
 
 from abyssal.cache.pages import PAGE
 from abyssal.checkpoint.hf import save_model
-from abyssal.engine.core import Engine, EngineConfig
+from abyssal.engine.config import EngineConfig
+from abyssal.engine.core import Engine
 from abyssal.engine.gain import DraftStatistics
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import Request, SamplingParams, StepPlan

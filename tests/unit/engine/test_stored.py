@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from abyssal.cache.disk import DiskCache
 from abyssal.cache.key import PageSpace
 from abyssal.cache.store import PageStore
-from abyssal.engine.core import IMPORT_SECONDS, Engine, EngineConfig
+from abyssal.engine.config import EngineConfig
+from abyssal.engine.core import IMPORT_SECONDS, Engine
 from abyssal.engine.messages import Request, RequestOutput, SamplingParams
 from abyssal.engine.stored import FetchRates, StoredPages
 from abyssal.model.transformer import Transformer

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from abyssal.engine.core import Engine, EngineConfig
+from abyssal.engine.config import EngineConfig
+from abyssal.engine.core import Engine
 from abyssal.engine.messages import Request, RequestOutput, SamplingParams, StructuredOutput
 from abyssal.engine.stored import StoredPages
 from abyssal.engine.transfer import DraftState, LayerPages, TensorBytes

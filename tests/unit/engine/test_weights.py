@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from abyssal.engine.core import Engine, EngineConfig
+from abyssal.engine.config import EngineConfig
+from abyssal.engine.core import Engine
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import CompletionOutput, Request, RequestOutput, SamplingParams
 from abyssal.model.context import PackedBatch
