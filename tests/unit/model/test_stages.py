@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from abyssal.model.block import Block
-from abyssal.model.context import AttentionGroup, PackedBatch
+from abyssal.model.context import AttentionGroup, PackedBatch, PagedStep
 from abyssal.model.stages import COMMUNICATING, STAGES, StageIO, StageRun
 from abyssal.model.step import Step
 from abyssal.model.transformer import Transformer
@@ -91,7 +91,7 @@ class NoTokens:
     """The context of a rank that has no tokens in a step."""
 
     positions_T = torch.zeros(0, dtype=torch.long)
-    paged = None
+    paged: PagedStep | None = None
 
     def __init__(self, absorbed: bool) -> None:
         self.absorbed = absorbed
