@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -66,6 +67,7 @@ def check_request(request: Request, config: SchedulerConfig, num_pages: int, liv
 
     ``live`` holds the numbers of the requests that have not ended.
     """
+    _check_fields(request)
     _check_tokens(request, config, num_pages)
     params, known = request.params, len(request.prompt_ids) + len(request.output_ids)
     if request.request_id in live:
@@ -84,6 +86,21 @@ def check_request(request: Request, config: SchedulerConfig, num_pages: int, liv
         raise ValueError(
             f"imported_tokens: {request.imported_tokens} must be 0 or {known - 1}, all known tokens but the last"
         )
+
+
+def _check_fields(request: Request) -> None:
+    """What would otherwise be found in the middle of a step, which others share."""
+    known = (*request.prompt_ids, *request.output_ids)
+    if not all(hasattr(kind, "__index__") for kind in set(map(type, known))):
+        wrong = next(token for token in known if not hasattr(token, "__index__"))
+        raise ValueError(f"prompt: {wrong!r} is no token; its tokens must be whole numbers")
+    for name, value in (("user", request.user), ("namespace", request.namespace)):
+        if not isinstance(value, str) or value.encode(errors="replace").decode() != value:
+            raise ValueError(f"{name}: {value!r} must be text, without halves of surrogate pairs")
+    if not isinstance(request.priority, int):
+        raise ValueError(f"priority: {request.priority!r} must be a whole number; higher ones run first")
+    if request.deadline is not None and math.isnan(request.deadline):
+        raise ValueError(f"deadline: {request.deadline} is no time; give seconds on the engine's clock, or None")
 
 
 def _check_tokens(request: Request, config: SchedulerConfig, num_pages: int) -> None:

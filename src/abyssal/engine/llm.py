@@ -14,6 +14,7 @@ import operator
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,6 +81,9 @@ class LLM:
         self.stored = stored
         self.engine = Engine(self.model, tokenizer, config, stored=stored)
         self._numbers = itertools.count()
+        self._news: dict[int, dict[int, RequestOutput]] = {}
+        """By request: where the call that asked for it looks for its newest output.  Several calls may be under way,
+        and whichever takes a step takes it for all."""
 
     def close(self) -> None:
         """Write what is to be kept on disk, and end the threads.  Further calls work, without the disk."""
@@ -134,26 +138,27 @@ class LLM:
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
     ) -> Generator[tuple[int, RequestOutput], None, None]:
         running: dict[int, int] = {}
-        refused: list[RequestOutput] = []
-        for number, (prompt, parameters) in enumerate(zip(prompts, params, strict=True)):
-            request_id = next(self._numbers)
-            running[request_id] = number
-            try:
-                self.engine.add(Request(request_id, self._ids(prompt), parameters))
-            except ValueError as error:
-                refused.append(RequestOutput(request_id, (), (), error=str(error)))
+        news: dict[int, RequestOutput] = {}
         try:
-            outputs = refused
-            while True:
-                for output in outputs:
-                    if output.finished and output.request_id in running:
-                        number = running.pop(output.request_id)
-                        yield number, self._with_prompt(output, prompts[number], params[number])
-                if not running:
-                    return
-                outputs = self.engine.step()
+            for number, (prompt, parameters) in enumerate(zip(prompts, params, strict=True)):
+                request_id = next(self._numbers)
+                running[request_id] = number
+                try:
+                    self._begin(Request(request_id, self._ids(prompt), parameters), news)
+                except ValueError as error:
+                    news[request_id] = RequestOutput(request_id, (), (), error=str(error))
+            while running:
+                if not news:
+                    self._step()
+                ended = [output for output in news.values() if output.finished]
+                news.clear()
+                for output in ended:
+                    self._news.pop(output.request_id, None)
+                for output in ended:
+                    number = running.pop(output.request_id)
+                    yield number, self._with_prompt(output, prompts[number], params[number])
         except BaseException:
-            self._abandon(running)
+            self._abandon(news)
             raise
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[RequestOutput, None, None]:
@@ -166,26 +171,45 @@ class LLM:
         self._check_awake()
         params = params or SamplingParams()
         request = Request(next(self._numbers), self._ids(prompt), params)
-        self.engine.add(request)
+        news: dict[int, RequestOutput] = {}
+        self._begin(request, news)
         try:
-            while True:
+            while self._news.get(request.request_id) is news:
                 self._check_awake()
-                for output in self.engine.step():
-                    if output.request_id == request.request_id:
-                        grown = output.snapshot() if isinstance(output, GrowingOutput) else output
-                        yield self._with_prompt(grown, prompt, params)
-                        if output.finished:
-                            return
+                if not news:
+                    self._step()
+                    continue
+                output = news.pop(request.request_id)
+                if output.finished:
+                    del self._news[request.request_id]
+                grown = output.snapshot() if isinstance(output, GrowingOutput) else output
+                yield self._with_prompt(grown, prompt, params)
         except BaseException:
-            self._abandon([request.request_id])
+            self._abandon(news)
             raise
 
-    def _abandon(self, request_ids: Iterable[int]) -> None:
-        """The reader wants no more."""
-        for request_id in request_ids:
-            self.engine.cancel(request_id)
-        while self.engine.unfinished:
-            self.engine.step()
+    def _begin(self, request: Request, news: dict[int, RequestOutput]) -> None:
+        """Queue a request, whose outputs go to ``news``."""
+        self.engine.add(request)
+        self._news[request.request_id] = news
+
+    def _step(self) -> None:
+        """One step of the engine, for every call under way."""
+        for output in self.engine.step():
+            if output.request_id in self._news:
+                self._news[output.request_id][output.request_id] = output
+
+    def _abandon(self, news: dict[int, RequestOutput]) -> None:
+        """The reader of ``news`` wants no more: its requests end, and those of others go on."""
+        left = {request_id for request_id, whose in self._news.items() if whose is news}
+        try:
+            for request_id in left:
+                self.engine.cancel(request_id)
+            while left:
+                self._step()
+                left -= {output.request_id for output in news.values() if output.finished}
+        finally:
+            self._news = {request_id: whose for request_id, whose in self._news.items() if whose is not news}
 
     def score(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[TokenLogprobs | None, ...]]:
         """Log-probabilities of each prompt's own tokens; None for the first, which nothing precedes.
@@ -204,6 +228,8 @@ class LLM:
             raise ValueError("engine: is asleep, its pages have no memory; call engine.wake() first")
 
     def _ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, (bytes, bytearray)):
+            raise ValueError("prompt: is bytes; decode it to text, or give token ids")
         if not isinstance(prompt, str):
             try:
                 return tuple(map(operator.index, prompt))
@@ -225,10 +251,14 @@ class LLM:
         return replace(output, prompt=text, outputs=outputs)
 
 
-def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _several(prompts: Prompt | Iterable[Prompt]) -> list[Prompt]:
     """One prompt or many, as many."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, bytes, bytearray)):
         return [prompts]
-    if prompts and isinstance(prompts[0], int):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
+    several: list[Any] = list(prompts)
+    return [several] if several and _is_token(several[0]) else several
+
+
+def _is_token(value: object) -> bool:
+    """Whether it is a whole number, NumPy's and torch's among them, and no row of one."""
+    return hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0

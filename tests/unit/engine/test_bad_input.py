@@ -124,6 +124,31 @@ def test_parameters_are_refused_when_they_are_made(params: dict[str, Any]) -> No
         SamplingParams(**params)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_ids": (5.5,) * 70}, "prompt: 5.5 is no token"),
+        ({"output_ids": ("5",)}, "prompt: '5' is no token"),
+        ({"namespace": "a\udc80"}, "namespace: .* must be text"),
+        ({"namespace": None}, "namespace: None must be text"),
+        ({"user": 7}, "user: 7 must be text"),
+        ({"priority": "high"}, "priority: 'high' must be a whole number"),
+        ({"deadline": float("nan")}, "deadline: nan is no time"),
+    ],
+    ids=str,
+)
+def test_what_would_break_a_step_is_refused(model: Transformer, changes: dict[str, Any], message: str) -> None:
+    engine = Engine(model)
+    good = Request(0, tuple(GOOD), GREEDY, user="ä", namespace="\U0001f600")
+    engine.add(good)
+    with pytest.raises(ValueError, match=message):
+        engine.add(replace(good, **{"request_id": 1, "prompt_ids": (5,) * 70, **changes}))
+    outputs = []
+    while engine.unfinished:
+        outputs = engine.step()
+    assert [output.finish_reason for output in outputs] == ["length"]
+
+
 @pytest.mark.parametrize("tokens", [0, -64])
 def test_memory_for_no_page_is_refused(model: Transformer, tokens: int) -> None:
     with pytest.raises(ValueError, match=f"cache_tokens: {tokens}, but the cache needs memory for one page"):

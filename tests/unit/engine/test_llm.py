@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -188,6 +190,40 @@ def test_outputs_come_as_they_end_and_a_reader_may_leave(model: Transformer) -> 
         assert not llm.engine.unfinished
         llm.engine.scheduler.check()
     assert tokens_of(llm.generate(asked, params)) == wanted
+
+
+def test_calls_may_take_turns(model: Transformer) -> None:
+    """Whichever takes a step takes it for all; one that is closed ends its own requests alone."""
+    llm = LLM(model)
+    asked, params = prompts((9, 5, 7)), SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    wanted = tokens_of(llm.generate(asked, params))
+    first, second, listed = llm.stream(asked[0], params), llm.stream(asked[1], params), llm.as_finished(asked, params)
+    found = [(next(first), next(second)) for _ in range(4)]
+    assert all(not each.finished for pair in found for each in pair)
+    assert llm.generate(asked, params)[2].token_ids == wanted[2]
+    assert [next(first).token_ids, *(each.token_ids for each in first)] == [wanted[0]]
+    assert [each.token_ids for each in second] == [wanted[1]]
+    leaver, stayer = llm.stream(asked[2], params), llm.stream(asked[0], params)
+    next(stayer), next(leaver)
+    ended = [next(listed)]
+    leaver.close()
+    assert list(stayer)[-1].token_ids == wanted[0]
+    ended += listed
+    assert {number: output.token_ids for number, output in ended} == dict(enumerate(wanted))
+    assert not llm.engine.unfinished and not llm._news
+
+
+def test_a_prompt_may_be_any_row_of_whole_numbers(model: Transformer) -> None:
+    llm, (tokens, more) = LLM(model), prompts((5, 9))
+    params = SamplingParams(temperature=0, max_tokens=3)
+    wanted = llm.generate([tokens, more], params)
+    for given in (tuple(tokens), np.array(tokens), list(np.array(tokens)), torch.tensor(tokens), array("i", tokens)):
+        assert tokens_of(llm.generate(given, params)) == [wanted[0].token_ids]
+    for several in (iter([tokens, more]), [np.array(tokens), torch.tensor(more)]):
+        assert tokens_of(llm.generate(several, params)) == tokens_of(wanted)
+    singles = [output.prompt_ids for output in llm.generate(torch.tensor([[3], [4]]), params)]
+    assert singles == [(3,), (4,)]
+    assert "is bytes; decode it to text" in (llm.generate(b"abc", params)[0].error or "")
 
 
 def test_experts_are_returned_for_each_token(model: Transformer) -> None:
