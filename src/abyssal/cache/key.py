@@ -61,6 +61,16 @@ def model_files(folder: Path) -> list[Path]:
     return sorted([*folder.glob("*.safetensors"), folder / "config.json"])
 
 
+def identities(files: Iterable[Path]) -> list[str]:
+    """What tells a file from another and from itself after a change, without reading it; empty for one that is not
+    there."""
+    return [_identity(path.stat()) if path.exists() else "" for path in files]
+
+
+def _identity(status: os.stat_result) -> str:
+    return ":".join(map(str, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)))
+
+
 class Stopped(Exception):
     """A digest was given up half-way."""
 
@@ -143,9 +153,7 @@ class _StoppableFile(io.FileIO):
 def _digest(path: Path, remembered: dict[str, str], found: dict[str, str], stopped: Callable[[], bool]) -> str:
     with _StoppableFile(path, stopped) as file:
         status = os.fstat(file.fileno())
-        identity = ":".join(
-            map(str, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-        )
+        identity = _identity(status)
         digest = remembered.get(identity)
         if digest is None:
             digest = file_digest(file, lambda: blake2b(digest_size=KEY_BYTES)).hexdigest()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ import torch
 import abyssal
 from abyssal.cache.disk import DiskCache
 from abyssal.cache.folder import CacheFolder, default_folder
-from abyssal.cache.key import FileDigests, PageSpace, model_files
+from abyssal.cache.key import FileDigests, PageSpace, identities, model_files
 from abyssal.engine.stored import StoredPages
 from abyssal.kernels import native
 from abyssal.model.transformer import Transformer
@@ -30,10 +30,23 @@ _COMPUTING = ("kernels", "precision", "model", "spec")
 """Packages of ours on which a page's bits depend."""
 
 
+@dataclass(frozen=True)
+class LoadedFiles:
+    """The files of a model folder as they were before a model was loaded from it: a digest that is computed later has
+    to be of the same."""
+
+    folder: Path
+    identities: tuple[str, ...]
+
+    @staticmethod
+    def before(folder: Path) -> LoadedFiles:
+        return LoadedFiles(folder, tuple(identities(model_files(folder))))
+
+
 def open_disk_cache(
-    model_folder: Path, model: Transformer, tokenizer: Tokenizer, folder: str | None, max_bytes: int | None
+    loaded: LoadedFiles, model: Transformer, tokenizer: Tokenizer, folder: str | None, max_bytes: int | None
 ) -> StoredPages | None:
-    """Pages on disk for a model that was loaded from ``model_folder``; None where the default folder cannot be used.
+    """Pages on disk for a model that was ``loaded`` from files; None where the default folder cannot be used.
 
     Returns at once: files are opened, and the model's digested where no digest is remembered, in the background.
 
@@ -58,10 +71,11 @@ def open_disk_cache(
 
     def find_space(stopped: Callable[[], bool]) -> PageSpace:
         digests = FileDigests(cache_folder.digests, num_threads=1)  # the model runs meanwhile
+        weights = digests.of(model_files(loaded.folder), stopped)
+        if LoadedFiles.before(loaded.folder) != loaded:
+            raise OSError(f"{loaded.folder}: its files changed while the model was loaded; load it again")
         return replace(
-            space,
-            weights=digests.of(model_files(model_folder), stopped),
-            implementation=f"{space.implementation} {digests.of(program_files(), stopped)}",
+            space, weights=weights, implementation=f"{space.implementation} {digests.of(program_files(), stopped)}"
         )
 
     return StoredPages(lambda: DiskCache(cache_folder.root, max_bytes), find_space)

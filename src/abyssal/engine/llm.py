@@ -21,7 +21,7 @@ import torch
 from abyssal.checkpoint.hf import load_model
 from abyssal.engine.config import EngineConfig
 from abyssal.engine.core import Engine
-from abyssal.engine.disk import open_disk_cache
+from abyssal.engine.disk import LoadedFiles, open_disk_cache
 from abyssal.engine.messages import Request, RequestOutput, SamplingParams, TokenLogprobs
 from abyssal.engine.outputs import GrowingOutput
 from abyssal.engine.stored import StoredPages
@@ -60,6 +60,7 @@ class LLM:
         stored: StoredPages | None = None,
     ) -> None:
         config = config or EngineConfig()
+        loaded = None
         if isinstance(path, Transformer):
             self.model = path
             if config.disk_cache_folder is not None and stored is None:
@@ -69,13 +70,13 @@ class LLM:
                 )
         else:
             tokenizer = Tokenizer.from_folder(path) if tokenizer is None else tokenizer
-            num_drafts = config.num_drafts
+            num_drafts, loaded = config.num_drafts, LoadedFiles.before(Path(path))
             self.model = load_model(path, dtype=dtype, mtp=None if num_drafts == "auto" else bool(num_drafts))
         if tokenizer is not None:
             tokenizer.check_fits(self.model.spec)
-            if not isinstance(path, Transformer) and stored is None and config.disk_cache:
+            if loaded is not None and stored is None and config.disk_cache:
                 stored = open_disk_cache(
-                    Path(path), self.model, tokenizer, config.disk_cache_folder, config.disk_cache_bytes
+                    loaded, self.model, tokenizer, config.disk_cache_folder, config.disk_cache_bytes
                 )
         self.tokenizer = tokenizer
         self.stored = stored

@@ -19,6 +19,7 @@ from abyssal.cache.folder import default_folder
 from abyssal.cache.key import FileDigests, Stopped, model_files
 from abyssal.checkpoint.hf import save_model
 from abyssal.engine import disk
+from abyssal.engine import llm as llm_module
 from abyssal.engine.config import EngineConfig
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import RequestOutput, SamplingParams
@@ -93,6 +94,39 @@ def test_everything_that_pages_depend_on_sets_them_apart(
     program.write_text("changed")
     monkeypatch.setattr(disk, "program_files", lambda: [program])
     assert ask(model, config).cached_tokens == 0, "another program"
+
+
+@pytest.mark.parametrize("moment", ["while it is loaded", "before it is digested"])
+def test_files_that_change_under_a_load_are_nobodys(
+    model: Path, config: EngineConfig, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pages are of the weights that were read, and the digest would be of the new ones."""
+    changed, new = shutil.copytree(model, tmp_path / "changed"), make_model(tmp_path / "new", seed=1)
+    load, digest = llm_module.load_model, FileDigests.of
+
+    def replace_files() -> None:
+        for file in model_files(new):
+            os.replace(shutil.copy(file, tmp_path / "partial"), changed / file.name)
+
+    def loaded(*arguments: Any, **options: Any) -> Any:
+        found = load(*arguments, **options)
+        replace_files()
+        return found
+
+    def of(self: FileDigests, files: Any, stopped: Any) -> str:
+        replace_files()
+        return digest(self, files, stopped)
+
+    with monkeypatch.context() as patch:
+        if moment == "while it is loaded":
+            patch.setattr(llm_module, "load_model", loaded)
+        else:
+            patch.setattr(FileDigests, "of", of)
+        with LLM(changed, config=config) as llm:
+            assert llm.stored is not None and not llm.stored.wait(20)
+            llm.generate([PROMPT], PARAMS)
+    outputs = [ask(folder, config) for folder in (changed, new)]
+    assert [output.cached_tokens for output in outputs] == [0, 192] and outputs[0].logprobs == outputs[1].logprobs
 
 
 def test_the_programs_own_files_are_known() -> None:
