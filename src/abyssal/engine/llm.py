@@ -22,6 +22,7 @@ from abyssal.checkpoint.hf import load_model
 from abyssal.engine.config import EngineConfig
 from abyssal.engine.core import Engine
 from abyssal.engine.disk import LoadedFiles, open_disk_cache
+from abyssal.engine.interrupts import unbroken
 from abyssal.engine.messages import Request, RequestOutput, SamplingParams, TokenLogprobs
 from abyssal.engine.outputs import GrowingOutput
 from abyssal.engine.stored import StoredPages
@@ -195,10 +196,11 @@ class LLM:
         self._news[request.request_id] = news
 
     def _step(self) -> None:
-        """One step of the engine, for every call under way."""
-        for output in self.engine.step():
-            if output.request_id in self._news:
-                self._news[output.request_id][output.request_id] = output
+        """One step of the engine, for every call under way; an interrupt waits for its end."""
+        with unbroken():
+            for output in self.engine.step():
+                if output.request_id in self._news:
+                    self._news[output.request_id][output.request_id] = output
 
     def _abandon(self, news: dict[int, RequestOutput]) -> None:
         """The reader of ``news`` wants no more: its requests end, and those of others go on."""
