@@ -144,8 +144,8 @@ class CacheFolder:
 
 def recover(folder: CacheFolder, index: Index, now: float) -> None:
     """Make the index and the segments agree after processes were killed or files were removed."""
-    files = segment_files(folder.segments)
     known = {segment.name: segment for segment in index.segments()}
+    files = segment_files(folder.segments)  # afterwards: others begin segments meanwhile, the file first
     for name in known.keys() - files.keys():
         index.remove_segment(known[name].id)
     for name, path in files.items():

@@ -28,6 +28,8 @@ from typing import Any
 from abyssal.cache.prefix import KEY_BYTES, unit_keys
 from abyssal.cache.prefix import Path as ComputedBy
 
+MOST_REMEMBERED = 1 << 14
+"""Digests that are remembered, the newest; a run that exports its model again and again leaves new files each time."""
 _SETTLED_NANOSECONDS = 2_000_000_000
 _THREADS = 4
 
@@ -111,7 +113,8 @@ class FileDigests:
                     digests = list(threads.map(digest, files))
         finally:
             if found.items() - remembered.items():
-                self._save({**remembered, **found})
+                others = [item for item in remembered.items() if item[0] not in found]
+                self._save(dict([*others, *found.items()][-MOST_REMEMBERED:]))
         names = [path.name for path in files]
         return blake2b(json.dumps([names, digests]).encode(), digest_size=KEY_BYTES).hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import fields, replace
 from pathlib import Path
@@ -63,6 +64,19 @@ def test_a_digest_is_computed_once_and_follows_the_content(
 
     memory.write_text("{")
     assert FileDigests(memory).of(model_files(model)) and len(computed) >= 7, "what was lost is computed again"
+
+
+def test_no_more_digests_are_remembered_than_so_many(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(key, "_SETTLED_NANOSECONDS", 0)
+    monkeypatch.setattr(key, "MOST_REMEMBERED", 4)
+    memory = tmp_path / "cache" / "digests.json"
+    for version in range(5):
+        (model / "model-1.safetensors").write_text(f"version {version}")
+        FileDigests(memory).of(model_files(model))
+    remembered = json.loads(memory.read_bytes())
+    assert len(remembered) == 4 and set(key.identities(model_files(model))) <= remembered.keys()
 
 
 def test_a_file_that_has_just_changed_is_not_remembered(model: Path, tmp_path: Path) -> None:
