@@ -212,14 +212,20 @@ class TrialRun:
                 self.engine.wake()
             for output in self.engine.step():
                 self._seen[output.request_id] = output
-            self.engine.scheduler.check()
+            self._check()
             self.step += 1
             assert self.step < 20_000, "the engine makes no progress"
         self.engine.close()
         assert not self.engine.scheduler.sequences  # so that check() finds every page free, or the prefix cache's
-        self.engine.scheduler.check()
+        self._check()
         arrivals = self._trial.arrivals
         return [Result(arrivals[number], request, self._seen[number]) for number, request in self._requests.items()]
+
+    def _check(self) -> None:
+        self.engine.scheduler.check()
+        prefix = self.engine.scheduler._memory.prefix
+        if prefix is not None:
+            prefix.check()
 
     def _add(self, number: int, arrival: Arrival) -> None:
         prompt = self._texts[arrival.text][: arrival.length]

@@ -45,7 +45,7 @@ class PagedCache:
         page_dtype: of the entries as they are stored.
 
     Raises:
-        ValueError: there is no such ``page_dtype``.
+        ValueError: there is no such ``page_dtype``, or not so much memory.
     """
 
     def __init__(
@@ -64,8 +64,9 @@ class PagedCache:
         width = spec.attention.cache_values if self.fp8 is None else self.fp8.num_bytes
         stored = dtype if self.fp8 is None else torch.uint8
         self._shape = num_pages, layers, PAGE, width
-        self.entries_PLSX = torch.zeros(self._shape, dtype=stored, device=device)
         self.num_pages = num_pages
+        self.entries_PLSX = torch.empty((0, *self._shape[1:]), dtype=stored, device=device)
+        self.allocate()
         self.dtype = dtype
         self.in_place = isinstance(spec.attention, LatentAttentionSpec) and self.fp8 is None
         """Whether the decode path reads the pages where they lie."""
@@ -78,8 +79,18 @@ class PagedCache:
             torch.cuda.empty_cache()  # torch would keep it for itself
 
     def allocate(self) -> None:
-        """Take the memory again, zeroed."""
-        self.entries_PLSX = self.entries_PLSX.new_zeros(self._shape)
+        """Take the memory again, zeroed.
+
+        Raises:
+            ValueError: there is not so much.
+        """
+        try:
+            self.entries_PLSX = self.entries_PLSX.new_zeros(self._shape)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.num_pages} pages of {self.page_bytes:,} bytes do not fit into memory; lower cache_tokens, or "
+                "take FP8 pages"
+            ) from error
 
     @property
     def layout(self) -> str:

@@ -20,8 +20,8 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """Text that ``token`` completes.  An id past the vocabulary, which a padded one can give, stands for none."""
-        return self._decoder.decode(self._bytes[token] if token < len(self._bytes) else b"")
+        """Text that ``token`` completes.  An id outside the vocabulary, as a padded one can give, stands for none."""
+        return self._decoder.decode(self._bytes[token] if 0 <= token < len(self._bytes) else b"")
 
     def finish(self) -> str:
         """U+FFFD if the last character is unfinished.  Tokens may follow, as a new text."""

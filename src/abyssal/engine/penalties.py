@@ -28,12 +28,6 @@ class TokenHistory:
         """Note new tokens of the output."""
         self._output.update(tokens)
 
-    def fork(self) -> TokenHistory:
-        """One that goes on by itself."""
-        copy = TokenHistory()
-        copy._prompt, copy._output = self._prompt, self._output.copy()
-        return copy
-
     def counts(self, drafted: Sequence[int] = ()) -> tuple[np.ndarray, np.ndarray]:
         """(tokens_U, times_U) of the output and of tokens drafted after it."""
         output = self._output + Counter(drafted) if drafted else self._output

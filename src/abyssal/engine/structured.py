@@ -139,17 +139,6 @@ class Structure:
             raise ValueError(self._error())
         return masks + [None] * (len(drafts) + 1 - len(masks))
 
-    def allowed_prefix(self, drafts: Sequence[int]) -> int:
-        """How many leading drafts may come; the others would be rejected."""
-        if self._awaited is None:
-            return self._matcher.validate_tokens(list(drafts))
-        for index, draft in enumerate(drafts):
-            if draft in self._ends:
-                return index
-            if draft == self._awaited:
-                return index + 1 + self._matcher.validate_tokens(list(drafts[index + 1 :]))
-        return len(drafts)
-
     def advance(self, tokens: Sequence[int]) -> None:
         """Go on by sampled tokens; what follows an end token is not looked at.
 

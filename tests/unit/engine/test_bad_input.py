@@ -128,7 +128,8 @@ def test_parameters_are_refused_when_they_are_made(params: dict[str, Any]) -> No
     ("changes", "message"),
     [
         ({"prompt_ids": (5.5,) * 70}, "prompt: 5.5 is no token"),
-        ({"output_ids": ("5",)}, "prompt: '5' is no token"),
+        ({"output_ids": (b"5",)}, "prompt: b'5' is no token"),
+        ({"output_ids": (-400,)}, "prompt: token -400 is outside the vocabulary"),
         ({"namespace": "a\udc80"}, "namespace: .* must be text"),
         ({"namespace": None}, "namespace: None must be text"),
         ({"user": 7}, "user: 7 must be text"),
@@ -137,8 +138,10 @@ def test_parameters_are_refused_when_they_are_made(params: dict[str, Any]) -> No
     ],
     ids=str,
 )
-def test_what_would_break_a_step_is_refused(model: Transformer, changes: dict[str, Any], message: str) -> None:
-    engine = Engine(model)
+def test_what_would_break_a_step_is_refused(
+    model: Transformer, tokenizer: Tokenizer, changes: dict[str, Any], message: str
+) -> None:
+    engine = Engine(model, tokenizer)
     good = Request(0, tuple(GOOD), GREEDY, user="ä", namespace="\U0001f600")
     engine.add(good)
     with pytest.raises(ValueError, match=message):
@@ -153,6 +156,11 @@ def test_what_would_break_a_step_is_refused(model: Transformer, changes: dict[st
 def test_memory_for_no_page_is_refused(model: Transformer, tokens: int) -> None:
     with pytest.raises(ValueError, match=f"cache_tokens: {tokens}, but the cache needs memory for one page"):
         LLM(model, config=EngineConfig(cache_tokens=tokens))
+
+
+def test_more_memory_than_there_is_is_refused(model: Transformer) -> None:
+    with pytest.raises(ValueError, match=r"15625000000000 pages of .* do not fit into memory; lower cache_tokens"):
+        LLM(model, config=EngineConfig(cache_tokens=10**15))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

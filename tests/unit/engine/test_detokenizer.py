@@ -44,3 +44,8 @@ def test_an_unfinished_character_is_shown_at_the_end() -> None:
     assert [detokenizer.push(0), detokenizer.finish()] == ["a", "\ufffd"]
     assert [detokenizer.push(0), detokenizer.push(2)] == ["a", "\ufffdb"]
     assert [detokenizer.push(0), detokenizer.push(1), detokenizer.finish()] == ["a", "中", ""]
+
+
+def test_what_is_no_token_of_it_is_no_text() -> None:
+    detokenizer = Detokenizer([b"a"])
+    assert [detokenizer.push(token) for token in (1, -1, -9)] == [""] * 3

@@ -45,8 +45,6 @@ def test_penalties_do_what_their_definitions_say(
     history = TokenHistory(prompt)
     half = len(output) // 2
     history.append(output[:half])
-    fork = history.fork()
-    fork.append([9, 9, 9])
     history.append(output[half:])
     penalise(logits, params, history, drafted)
     assert logits.tolist() == pytest.approx(expected, abs=1e-6)

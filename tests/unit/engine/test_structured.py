@@ -116,7 +116,6 @@ def test_a_draft_that_may_not_come_ends_the_look_ahead() -> None:
     before = _tokens(structure.masks()[0])
     assert [mask is None for mask in structure.masks([one, letter, one])] == [False, False, True, True]
     assert [mask is None for mask in structure.masks([one, end, one])] == [False, False, True, True]
-    assert (structure.allowed_prefix([one, letter, one]), structure.allowed_prefix([letter])) == (1, 0)
     assert _tokens(structure.masks()[0]) == before
     with pytest.raises(ValueError, match="structured: the regex cannot be followed"):
         structure.fork().advance([letter])
@@ -135,8 +134,6 @@ def test_the_structure_begins_where_the_reasoning_ends() -> None:
     along = structure.masks([letter, end, one, letter])
     assert [_tokens(mask) for mask in along[:3]] == [_tokens(reasoning), _tokens(reasoning), digit]
     assert along[3] is not None and along[4] is None
-    assert structure.allowed_prefix([letter, end, one, letter]) == 3 and structure.allowed_prefix([letter, letter]) == 2
-    assert structure.allowed_prefix([letter, tokenizer.token_id(EOS), end]) == 1
     assert [mask is None for mask in structure.masks([letter, tokenizer.token_id(EOS), end])] == [0, 0, 1, 1]
     structure.advance([letter, one])
     assert _tokens(structure.masks()[0]) == _tokens(reasoning) and not structure.complete
