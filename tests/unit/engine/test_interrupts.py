@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from abyssal.engine.core import EngineConfig
+from abyssal.engine.config import EngineConfig
 from abyssal.engine.interrupts import unbroken
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import SamplingParams
