@@ -151,7 +151,7 @@ class LLM:
                     news[request_id] = RequestOutput(request_id, (), (), error=str(error))
             while running:
                 if not news:
-                    self._step()
+                    self._step_for(news)
                 ended = [output for output in news.values() if output.finished]
                 news.clear()
                 for output in ended:
@@ -177,9 +177,8 @@ class LLM:
         self._begin(request, news)
         try:
             while self._news.get(request.request_id) is news:
-                self._check_awake()
                 if not news:
-                    self._step()
+                    self._step_for(news)
                     continue
                 output = news.pop(request.request_id)
                 if output.finished:
@@ -202,6 +201,16 @@ class LLM:
                 if output.request_id in self._news:
                     self._news[output.request_id][output.request_id] = output
 
+    def _step_for(self, news: dict[int, RequestOutput]) -> None:
+        """A step for a call that waits for something to come into ``news``."""
+        self._check_awake()
+        self._step()
+        if not news and not self.engine.unfinished:
+            raise RuntimeError(
+                "the engine has nothing left to do, and this call did not hear of its requests: somebody else called "
+                "engine.step(); while calls of LLM are under way, leave the steps to them"
+            )
+
     def _abandon(self, news: dict[int, RequestOutput]) -> None:
         """The reader of ``news`` wants no more: its requests end, and those of others go on."""
         left = {request_id for request_id, whose in self._news.items() if whose is news}
@@ -211,6 +220,8 @@ class LLM:
             while left:
                 self._step()
                 left -= {output.request_id for output in news.values() if output.finished}
+                if not self.engine.unfinished:
+                    break
         finally:
             self._news = {request_id: whose for request_id, whose in self._news.items() if whose is not news}
 

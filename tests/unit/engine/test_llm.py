@@ -213,6 +213,32 @@ def test_calls_may_take_turns(model: Transformer) -> None:
     assert not llm.engine.unfinished and not llm._news
 
 
+def test_a_call_says_that_the_engine_fell_asleep(model: Transformer) -> None:
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    for call in (LLM.stream, LLM.as_finished):
+        llm = LLM(model)
+        reader = call(llm, prompts((9,))[0], params)
+        other = llm.stream(prompts((5,))[0], params)
+        for _ in range(2):
+            next(other)
+        llm.engine.sleep()
+        with pytest.raises(ValueError, match="is asleep"):
+            next(reader)
+        llm.engine.wake()
+        assert len(list(other)[-1].token_ids) == 9 and not llm.engine.unfinished
+
+
+def test_steps_that_somebody_else_takes_are_told_of(model: Transformer) -> None:
+    llm = LLM(model)
+    stream = llm.stream(prompts((9,))[0], SamplingParams(temperature=0, max_tokens=4))
+    next(stream)
+    while llm.engine.unfinished:
+        llm.engine.step()
+    with pytest.raises(RuntimeError, match="leave the steps to them"):
+        next(stream)
+    assert not llm._news
+
+
 def test_a_prompt_may_be_any_row_of_whole_numbers(model: Transformer) -> None:
     llm, (tokens, more) = LLM(model), prompts((5, 9))
     params = SamplingParams(temperature=0, max_tokens=3)
