@@ -100,7 +100,7 @@ class LLM:
         self.close()
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RequestOutput]:
         """Outputs of the prompts, in their order.
 
@@ -119,7 +119,7 @@ class LLM:
         return [outputs[number] for number in range(len(outputs))]
 
     def as_finished(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> Generator[tuple[int, RequestOutput], None, None]:
         """:meth:`generate` with each output as soon as it is whole, beside its prompt's number.  Closing
         it cancels the others.
@@ -225,7 +225,7 @@ class LLM:
         finally:
             self._news = {request_id: whose for request_id, whose in self._news.items() if whose is not news}
 
-    def score(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[TokenLogprobs | None, ...]]:
+    def score(self, prompts: Prompt | Iterable[Prompt]) -> list[tuple[TokenLogprobs | None, ...]]:
         """Log-probabilities of each prompt's own tokens; None for the first, which nothing precedes.
 
         Raises:

@@ -232,4 +232,4 @@ def test_a_growing_output_is_what_it_was_when_it_was_looked_at(model: Transforme
     assert [len(piece.token_ids) for piece in pieces] == [1, 2, 3, 4, 5, 6, 7, 8, 8][: len(pieces)]
     assert all(after.text.startswith(before.text) for before, after in pairwise(pieces))
     assert [piece.finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert pieces[-1] == replace(llm.generate([GOOD], GREEDY)[0], prompt="", request_id=pieces[-1].request_id)
+    assert pieces[-1] == replace(llm.generate([GOOD], GREEDY)[0], request_id=pieces[-1].request_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,12 +244,14 @@ def test_a_prompt_may_be_any_row_of_whole_numbers(model: Transformer) -> None:
     llm, (tokens, more) = LLM(model), prompts((5, 9))
     params = SamplingParams(temperature=0, max_tokens=3)
     wanted = llm.generate([tokens, more], params)
+    given: Any
     for given in (tuple(tokens), np.array(tokens), list(np.array(tokens)), torch.tensor(tokens), array("i", tokens)):
         assert tokens_of(llm.generate(given, params)) == [wanted[0].token_ids]
+    several: Any
     for several in (iter([tokens, more]), [np.array(tokens), torch.tensor(more)]):
         assert tokens_of(llm.generate(several, params)) == tokens_of(wanted)
-    singles = [output.prompt_ids for output in llm.generate(torch.tensor([[3], [4]]), params)]
-    assert singles == [(3,), (4,)]
+    several = torch.tensor([[3], [4]])
+    assert [output.prompt_ids for output in llm.generate(several, params)] == [(3,), (4,)]
     assert "is bytes; decode it to text" in (llm.generate(b"abc", params)[0].error or "")
 
 
