@@ -205,7 +205,8 @@ def test_calls_may_take_turns(model: Transformer) -> None:
     assert [next(first).token_ids, *(each.token_ids for each in first)] == [wanted[0]]
     assert [each.token_ids for each in second] == [wanted[1]]
     leaver, stayer = llm.stream(asked[2], params), llm.stream(asked[0], params)
-    next(stayer), next(leaver)
+    for reader in (stayer, leaver):
+        next(reader)
     ended = [next(listed)]
     leaver.close()
     assert list(stayer)[-1].token_ids == wanted[0]
