@@ -140,6 +140,7 @@ class EngineOptions:
             raise ValueError("--no-disk-cache and a folder or a size for it contradict each other; give one")
         config = EngineConfig(
             cache_tokens=self.cache_tokens,
+            token_budget=max(EngineConfig.token_budget, self.max_sequences),  # a token a step for each
             max_sequences=self.max_sequences,
             deterministic=self.deterministic,
             num_drafts=self.num_drafts,

@@ -105,6 +105,8 @@ def test_the_engine_is_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse(Options, ["m", "--num-drafts", "auto"], "generate").engine.num_drafts == "auto"
     EngineOptions().load("m")
     assert given == ["m", None, EngineConfig(), None]
+    EngineOptions(max_sequences=1000).load("m")
+    assert given[6] == EngineConfig(max_sequences=1000, token_budget=1000), "a token a step for each"
 
 
 def test_json_is_an_object_a_completion(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
