@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +65,13 @@ class Location:
     record: Record
 
 
+def _make(path: Path) -> None:
+    """Make the file, the user's alone, if it is not there.  One that is there is not opened: to close it would drop
+    the locks of this process's other connections to it."""
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+
+
 class Index:
     """A connection to the index at ``path``, which is made if it is not there.
 
@@ -76,7 +83,7 @@ class Index:
     """
 
     def __init__(self, path: Path, timeout: float) -> None:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        _make(path)
         self._connection = sqlite3.connect(path, timeout=timeout, isolation_level=None, check_same_thread=False)
         try:
             self._connection.execute("PRAGMA journal_mode = WAL")

@@ -16,6 +16,7 @@ Legend: T tokens of a step, P pages, X cached values of a token in one layer (by
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -85,8 +86,8 @@ class PagedCache:
             ValueError: there is not so much.
         """
         try:
-            self.entries_PLSX = self.entries_PLSX.new_zeros(self._shape)
-        except RuntimeError as error:
+            self.entries_PLSX = _zeros(self._shape, self.entries_PLSX.dtype, self.entries_PLSX.device)
+        except (RuntimeError, OSError, OverflowError) as error:
             raise ValueError(
                 f"{self.num_pages} pages of {self.page_bytes:,} bytes do not fit into memory; lower cache_tokens, or "
                 "take FP8 pages"
@@ -152,6 +153,19 @@ class PagedCache:
                 f"{self.entries_PLSX.dtype}"
             )
         self.entries_PLSX[list(pages), layer] = entries_PSX.to(self.device)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU mapped from the system rather than taken from the allocator.
+
+    Pages that nobody has written to then cost no memory, and what is given back reaches the system whatever the
+    allocator was told to keep, which a trainer in the same process does (``cli/allocator.py``).
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not num_bytes:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # a fork's writes are its own
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ import signal
 import sqlite3
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from hashlib import blake2b
 from pathlib import Path
 
@@ -23,6 +25,7 @@ import pytest
 from abyssal.cache import disk, writer
 from abyssal.cache.disk import DiskCache
 from abyssal.cache.folder import CacheFolder, clear
+from abyssal.cache.index import Index
 from abyssal.cache.segments import HEADER_BYTES, SegmentWriter
 from abyssal.cache.store import PageStore
 from tests.support.forked import exit_status, fork
@@ -495,3 +498,14 @@ def test_an_engine_that_hangs_while_it_sets_up_turns_it_off(
         assert not cache.readable and cache.lookup(keys_of([0])) == 0
         cache.flush()
     assert "another process holds" in caplog.text
+
+
+def test_a_second_connection_to_the_index_leaves_the_locks_of_the_first(tmp_path: Path) -> None:
+    """Or another program that closes the index believes to be its last user, and removes the log from under us."""
+    path = tmp_path / "index.sqlite"
+    with closing(Index(path, 1.0)) as first:
+        first.add_segment("a", 0.0)
+        Index(path, 1.0).close()
+        program = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT * FROM pages'); c.close()"
+        subprocess.run([sys.executable, "-c", program, str(path)], check=True)
+        assert path.with_name(path.name + "-wal").exists()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from abyssal.cli.allocator import keep_freed_memory
 from abyssal.engine.config import EngineConfig
 from abyssal.engine.core import Engine
 from abyssal.engine.llm import LLM
@@ -165,6 +166,7 @@ def resident() -> int:
 
 
 def sleep_and_wake() -> None:
+    keep_freed_memory()  # as a trainer beside the engine does
     tokens = 1 << 17
     llm = LLM(random_model(SPEC), config=EngineConfig(cache_tokens=tokens))
     cache = llm.engine._runner._cache
