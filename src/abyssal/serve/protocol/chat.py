@@ -40,7 +40,7 @@ UNSUPPORTED: Mapping[str, Unsupported] = {
     "prediction": Unsupported((), "predicted outputs are not used; leave it out"),
     "prompt_cache_key": Unsupported((), "prompts are cached by their tokens and the API key; leave it out"),
     "prompt_cache_retention": Unsupported(
-        ("in_memory",), "the operator sets how long prompts are cached; leave it out"
+        ("in_memory",), "how long prompts are cached is the operator's; leave it out"
     ),
     "reasoning_effort": Unsupported(
         (), 'there are no grades of effort; use thinking: {"type": "enabled" | "disabled"}'

@@ -175,7 +175,7 @@ def checked_tokens(name: str, tokens: list[int], vocab_size: int) -> tuple[int, 
     for index, token in enumerate(tokens):
         if not 0 <= token < vocab_size:
             raise bad_parameter(
-                f"{name}[{index}]", f"{token} is no token id; those of the model are 0..{vocab_size - 1}"
+                f"{name}[{index}]", f"{token} is no token id; those are 0..{vocab_size - 1}"
             )
     return tuple(tokens)
 
