@@ -33,7 +33,9 @@ def served(name: str = "deepseek-v3.1", max_length: int = 4096) -> ServedModel:
     return ServedModel(MODEL, shown, chat, max_length, shown.vocab_size, (shown.eos_token_id,), "fp_1")
 
 
-def events(model: ServedModel, text: str, reason: str = "stop", scores: bool = False, **fields: Any) -> list[EngineEvent]:
+def events(
+    model: ServedModel, text: str, reason: str = "stop", scores: bool = False, **fields: Any
+) -> list[EngineEvent]:
     """One event a token of ``text``, the last with the reason."""
     ids = model.tokenizer.encode(text, parse_control=True)
     pieces = [model.tokenizer.decode([token], skip_control=True) for token in ids]

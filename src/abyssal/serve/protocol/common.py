@@ -96,6 +96,7 @@ def read(schema: type[Request], body: object, unsupported: Mapping[str, Unsuppor
     """
     if not isinstance(body, Mapping):
         raise ApiError(400, "The body must be a JSON object", code="invalid_json")
+    check_texts(body)
     given = {name: value for name, value in body.items() if value is not None}
     for name in [name for name in given if name in unsupported]:
         known = unsupported[name]
@@ -174,15 +175,38 @@ def checked_tokens(name: str, tokens: list[int], vocab_size: int) -> tuple[int, 
     """
     for index, token in enumerate(tokens):
         if not 0 <= token < vocab_size:
-            raise bad_parameter(
-                f"{name}[{index}]", f"{token} is no token id; those are 0..{vocab_size - 1}"
-            )
+            raise bad_parameter(f"{name}[{index}]", f"{token} is no token id; those are 0..{vocab_size - 1}")
     return tuple(tokens)
 
 
-def valid_text(text: str) -> str:
-    """With ``?`` for what is no character: JSON can spell half of a surrogate pair, and UTF-8 cannot."""
-    return text.encode("utf-8", "replace").decode()
+def check_texts(body: Mapping[str, Any]) -> None:
+    """Whether each text is one: JSON can spell half of a surrogate pair, which no encoding of text can express.
+
+    Raises:
+        ApiError: by the name of the parameter.
+    """
+    for name, value in body.items():
+        stack: list[object] = [name, value]
+        while stack:
+            each = stack.pop()
+            if isinstance(each, str) and not _is_text(each):
+                raise bad_parameter(_shown(name), "a text holds half of a surrogate pair; repair it")
+            if isinstance(each, Mapping):
+                stack += [*each.keys(), *each.values()]
+            elif isinstance(each, list):
+                stack += each
+
+
+def _shown(name: str) -> str:
+    return name[:60].encode("utf-8", "replace").decode()
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:

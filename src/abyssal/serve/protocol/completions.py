@@ -24,7 +24,6 @@ from abyssal.serve.protocol.common import (
     checked_tokens,
     read,
     sampling_params,
-    valid_text,
 )
 from abyssal.serve.protocol.errors import bad_parameter, of_value_error
 from abyssal.serve.protocol.reply import Reply, finish_reason
@@ -136,8 +135,7 @@ def _around(request: CompletionRequest, prefix: str, suffix: str, served: Served
 def _echo(request: CompletionRequest, prompts: Sequence[tuple[int, ...]], served: ServedModel) -> tuple[str, ...]:
     given = _listed(request.prompt)
     return tuple(
-        valid_text(text) if isinstance(text, str) else served.decode(ids)
-        for text, ids in zip(given, prompts, strict=True)
+        text if isinstance(text, str) else served.decode(ids) for text, ids in zip(given, prompts, strict=True)
     )
 
 

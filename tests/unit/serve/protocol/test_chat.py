@@ -18,9 +18,12 @@ from tests.support.serving import MODEL, events, served
 USER = {"role": "user", "content": "the tools"}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 CALLS = (
-    "the <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{\"a\": 1}<｜tool▁call▁end｜>"
+    'the <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1}<｜tool▁call▁end｜>'
     "<｜tool▁call▁begin｜>add<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
 )
+ANY_OBJECT = StructuredOutput("json_schema", {"type": "object"})
+NAMED = {"type": "function", "function": {"name": "x"}}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -63,7 +66,11 @@ def refused(fields: object, name: str = "deepseek-v3.1", **options: Any) -> ApiE
         ({"logprobs": True, "top_logprobs": 4}, "logprobs", 4),
         ({"logprobs": False}, "logprobs", None),
         ({"response_format": {"type": "text"}}, "structured", None),
-        ({"response_format": {"type": "json_object"}}, "structured", StructuredOutput("json_schema", {"type": "object"})),
+        (
+            {"response_format": {"type": "json_object"}},
+            "structured",
+            StructuredOutput("json_schema", {"type": "object"}),
+        ),
         ({"tools": [TOOL]}, "structured", None),
     ],
 )
@@ -122,7 +129,10 @@ def test_unsupported_parameters_are_refused_by_name_unless_they_ask_for_nothing(
         ({"thinking": {"type": "maybe"}}, "thinking.type"),
         ({"tools": [{"type": "retrieval"}]}, "tools[0]"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice.function.name"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "tool_choice.function.name",
+        ),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
         ({"wish": 1}, "wish"),
@@ -132,7 +142,10 @@ def test_unsupported_parameters_are_refused_by_name_unless_they_ask_for_nothing(
         ({"messages": [{"role": ["user"], "content": ""}]}, "messages[0].role"),
         ({"messages": [{**USER, "name": "Ada"}]}, "messages[0].name"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content[0]"),
+        (
+            {"messages": [{"role": "user", "content": [IMAGE]}]},
+            "messages[0].content[0]",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {}}]}]},
             "messages[0].content[0].cache_control",
