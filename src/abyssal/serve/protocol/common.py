@@ -53,10 +53,15 @@ class StreamOptions(Strict):
     """OpenAI pads its chunks to hide lengths; this server does not."""
 
 
-class SamplingFields(Strict):
-    """Parameters that chat and text completions have in common."""
+class Named(Strict):
+    """A request of some model."""
 
     model: str
+
+
+class SamplingFields(Named):
+    """Parameters that chat and text completions have in common."""
+
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     n: int = Field(1, ge=1)
@@ -85,7 +90,7 @@ class SamplingFields(Strict):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-Request = TypeVar("Request", bound=SamplingFields)
+Request = TypeVar("Request", bound=Named)
 
 
 def read(schema: type[Request], body: object, unsupported: Mapping[str, Unsupported], served: ServedModel) -> Request:
@@ -109,7 +114,7 @@ def read(schema: type[Request], body: object, unsupported: Mapping[str, Unsuppor
         raise of_validation(error) from None
     if request.model != served.name:
         raise unknown_model(request.model, [served.name])
-    if request.stream_options is not None and not request.stream:
+    if isinstance(request, SamplingFields) and request.stream_options is not None and not request.stream:
         raise bad_parameter("stream_options", "only a stream has options; set stream to true, or leave it out")
     return request
 
