@@ -6,8 +6,9 @@ Neither knows of HTTP.  A protocol turns a request's body into a :class:`Prepare
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from abyssal.engine.messages import FinishReason, SamplingParams, TokenLogprobs
 from abyssal.serve.protocol.errors import ApiError
@@ -47,6 +48,8 @@ class Prepared:
     user: str = ""
     """Of the caller's own users, between whom service is shared fairly."""
     priority: int = 0
+    repeated: Mapping[str, Any] = field(default_factory=dict)
+    """What the answer repeats of the request."""
 
     @property
     def num_choices(self) -> int:

@@ -49,7 +49,7 @@ _OPTIONAL = frozenset({"content", "is_error", "signature"})
 class Metadata(Strict):
     """``metadata``."""
 
-    user_id: str = Field("", max_length=512)
+    user_id: str = Field(default="", max_length=512)
 
 
 class ThinkingConfig(Strict):
@@ -99,12 +99,12 @@ class MessagesRequest(Named):
     metadata: Metadata | None = None
     stop_sequences: list[str] | None = None
     stream: bool = False
-    temperature: float = Field(1.0, ge=0, le=1)
+    temperature: float = Field(default=1.0, ge=0, le=1)
     thinking: ThinkingConfig | None = None
     tool_choice: ToolChoice | None = None
     tools: list[Tool] | None = None
-    top_k: int = Field(0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     cache_control: CacheControl | None = None
 
 
@@ -116,7 +116,9 @@ def prepare(body: object, served: ServedModel) -> Prepared:
     """
     _refuse_budget(body)
     request = read(MessagesRequest, body, UNSUPPORTED, served)
-    messages = [{"role": "system", "content": _texts("system", request.system)}] if request.system else []
+    messages: list[dict[str, Any]] = []
+    if request.system:
+        messages.append({"role": "system", "content": _texts("system", request.system)})
     for index, message in enumerate(request.messages):
         messages += _converted(f"messages[{index}]", message)
     if messages[-1]["role"] == "assistant":

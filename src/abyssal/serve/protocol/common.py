@@ -62,27 +62,27 @@ class Named(Strict):
 class SamplingFields(Named):
     """Parameters that chat and text completions have in common."""
 
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    n: int = Field(1, ge=1)
-    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    n: int = Field(default=1, ge=1)
+    seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
     stop: str | list[str] | None = None
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
     max_tokens: int | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str = Field("", max_length=512)
+    user: str = Field(default="", max_length=512)
     # vLLM's, which DeepSeek's and OpenAI's APIs do not have
-    top_k: int = Field(0, ge=-1)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
-    min_tokens: int = Field(0, ge=0)
+    top_k: int = Field(default=0, ge=-1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
+    min_tokens: int = Field(default=0, ge=0)
     ignore_eos: bool = False
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool = False
-    priority: int = Field(0, ge=-INT64, lt=INT64)
+    priority: int = Field(default=0, ge=-INT64, lt=INT64)
 
     @property
     def include_usage(self) -> bool:

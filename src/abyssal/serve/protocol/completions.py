@@ -45,9 +45,9 @@ class CompletionRequest(SamplingFields):
     """A text, tokens, or a list of either."""
     suffix: str | None = None
     echo: bool = False
-    best_of: int | None = Field(None, ge=1)
-    logprobs: int | None = Field(None, ge=0, le=20)
-    max_tokens: int | None = Field(16, ge=0)
+    best_of: int | None = Field(default=None, ge=1)
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    max_tokens: int | None = Field(default=16, ge=0)
 
 
 def prepare(body: object, served: ServedModel) -> Prepared:
