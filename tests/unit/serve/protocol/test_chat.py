@@ -12,6 +12,7 @@ from abyssal.serve.events import EngineEvent, Prepared
 from abyssal.serve.protocol.chat import UNSUPPORTED, ChatRequest, prepare
 from abyssal.serve.protocol.chat_reply import ChatReply
 from abyssal.serve.protocol.errors import ApiError
+from abyssal.text.output_parser import parse_output
 from abyssal.text.template_parts import encode_parts
 from tests.support.serving import MODEL, events, served
 
@@ -302,6 +303,26 @@ def test_without_tools_or_with_choice_none_calls_are_text() -> None:
 def test_a_call_cut_off_is_kept_as_written() -> None:
     whole, _ = run(CALLS[: CALLS.index(" 1}")], tools=[TOOL])
     assert whole["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] == '{"a":'
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("text", [CALLS, "the <｜tool▁calls▁beg", "so</think>x</think>", "<"])
+def test_any_cut_of_the_text_gives_the_same_answer(text: str, size: int) -> None:
+    """What is held back at the end of the output comes with its last event."""
+    model = served()
+    fields = body(tools=[TOOL])
+    cuts = [text[start : start + size] for start in range(0, len(text), size)]
+    parts = [EngineEvent(text=cut, token_ids=(9,)) for cut in cuts]
+    parts.append(EngineEvent(finish_reason="stop"))
+    whole = reply(prepare(fields, model), parts, "deepseek-v3.1").body()["choices"][0]
+    expected = parse_output(text, model.chat.parser(model.chat.prompt([USER], [TOOL]), [TOOL])).message()
+    streamed, _, reason = put_together(chunks(prepare({**fields, "stream": True}, model), parts, "deepseek-v3.1"))
+    assert reason == whole["finish_reason"]
+    for message in (whole["message"], streamed):
+        assert (message["content"] or "") == (expected["content"] or "")
+        assert message.get("reasoning_content") == expected.get("reasoning_content")
+        functions = [call["function"] for call in message.get("tool_calls", [])]
+        assert functions == [call["function"] for call in expected.get("tool_calls", [])]
 
 
 def test_choices_do_not_mix() -> None:
