@@ -199,3 +199,9 @@ def test_half_a_surrogate_pair_is_refused_by_name() -> None:
     assert refused(body(prompt="a\ud800", echo=True)).param == "prompt"
     assert refused(body(stop=["a", "\ud800"])).param == "stop"
     assert refused(body(**{"\udc00": 1})).param == "?"
+
+
+def test_a_prompt_is_echoed_once() -> None:
+    parts = events(SERVED, "the user 12", "length")
+    assert len(parts) > 1
+    assert answer(body(echo=True), parts)["choices"][0]["text"] == "the userthe user 12"
