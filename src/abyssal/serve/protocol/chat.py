@@ -1,0 +1,199 @@
+"""``/v1/chat/completions`` and ``/beta/chat/completions``: requests in.  Answers: :mod:`.chat_reply`.
+
+Beyond OpenAI's schema there are DeepSeek's ``thinking``, ``reasoning_content`` of earlier answers and, on ``/beta``,
+``prefix: true`` of the last message, and some sampling parameters of vLLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+from uuid import uuid4
+
+from pydantic import Field
+
+from abyssal.engine.messages import SamplingParams, StructuredOutput
+from abyssal.serve.events import Prepared
+from abyssal.serve.protocol.common import (
+    SamplingFields,
+    Strict,
+    Unsupported,
+    check_length,
+    read,
+    sampling_params,
+)
+from abyssal.serve.protocol.errors import bad_parameter, not_supported, of_value_error
+from abyssal.serve.protocol.served import ServedModel
+from abyssal.text.chat_format import Prompt
+from abyssal.text.output_form import output_form
+from abyssal.text.output_parser import OutputParser
+from abyssal.text.template_parts import encode_parts
+
+UNSUPPORTED: Mapping[str, Unsupported] = {
+    "audio": Unsupported((), "this server answers in text; leave it out"),
+    "function_call": Unsupported((), "it is deprecated; use tool_choice"),
+    "functions": Unsupported((), "it is deprecated; use tools"),
+    "metadata": Unsupported(({},), "answers are not stored; leave it out"),
+    "modalities": Unsupported((["text"],), 'this server answers in text; give ["text"], or leave it out'),
+    "moderation": Unsupported((), "this server has no moderation; leave it out"),
+    "prediction": Unsupported((), "predicted outputs are not used; leave it out"),
+    "prompt_cache_key": Unsupported((), "prompts are cached by their tokens and the API key; leave it out"),
+    "prompt_cache_retention": Unsupported(
+        ("in_memory",), "how long prompts are cached is the operator's; leave it out"
+    ),
+    "reasoning_effort": Unsupported(
+        (), 'there are no grades of effort; use thinking: {"type": "enabled" | "disabled"}'
+    ),
+    "service_tier": Unsupported(("auto", "default"), "there is one tier; give auto or default, or leave it out"),
+    "store": Unsupported((False,), "answers are not stored; give false, or leave it out"),
+    "verbosity": Unsupported(("medium",), "ask for it in a message; give medium, or leave it out"),
+    "web_search_options": Unsupported((), "this server does not search; leave it out"),
+}
+
+_EVERY_ROLE = frozenset({"role", "content"})
+_FIELDS: Mapping[str, frozenset[str]] = {
+    "system": _EVERY_ROLE,
+    "developer": _EVERY_ROLE,
+    "user": _EVERY_ROLE,
+    "assistant": _EVERY_ROLE | {"tool_calls", "reasoning_content", "prefix"},
+    "tool": _EVERY_ROLE | {"tool_call_id", "name"},
+}
+"""What a message may hold.  A result's ``name`` is that of its call, which the model reads there."""
+_EMPTY_FIELDS: Mapping[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],), "prefix": (False,)}
+"""Values of a message's fields that say nothing, as clients send answers back."""
+
+
+class Thinking(Strict):
+    """DeepSeek's switch."""
+
+    type: Literal["enabled", "disabled"]
+
+
+class ChatRequest(SamplingFields):
+    """OpenAI's schema without what is in :data:`UNSUPPORTED`, and DeepSeek's extras."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool = True
+    response_format: dict[str, Any] | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    thinking: Thinking | None = None
+    safety_identifier: str = Field(default="", max_length=512)
+    """OpenAI's new name for ``user``."""
+
+
+def prepare(body: object, served: ServedModel, beta: bool = False) -> Prepared:
+    """A request's body, ready to run.
+
+    Args:
+        beta: whether the path is ``/beta``, where the last message may be a ``prefix``.
+
+    Raises:
+        ApiError: what is wrong, by name.
+    """
+    request = read(ChatRequest, body, UNSUPPORTED, served)
+    messages = checked_messages(request.messages, beta)
+    try:
+        return prepare_chat(request, messages, served)
+    except ValueError as error:
+        raise of_value_error(error) from None
+
+
+def prepare_chat(request: ChatRequest, messages: Sequence[Mapping[str, Any]], served: ServedModel) -> Prepared:
+    """Of a valid request.
+
+    Raises:
+        ValueError: from the chat format, led by the field.
+        ApiError: from the parameters.
+    """
+    thinking = None if request.thinking is None else request.thinking.type == "enabled"
+    prompt = served.chat.prompt(messages, request.tools, thinking)
+    ids = tuple(encode_parts(served.tokenizer, prompt.parts).ids.tolist())
+    max_tokens = _max_tokens(request)
+    check_length(len(ids), max_tokens, served)
+    shown_tools = None if request.tool_choice == "none" else request.tools
+    return Prepared(
+        prompts=(ids,),
+        params=_params(request, prompt, max_tokens, served),
+        model=request.model,
+        stream=request.stream,
+        include_usage=request.include_usage,
+        parse=partial(_parser, served, prompt, shown_tools),
+        think=served.think_tokens(prompt),
+        user=request.user or request.safety_identifier,
+        priority=request.priority,
+    )
+
+
+def checked_messages(messages: Sequence[Mapping[str, Any]], beta: bool) -> list[dict[str, Any]]:
+    """The messages without fields that say nothing.
+
+    Raises:
+        ApiError: a field that the message's role does not have, or that would be ignored.
+    """
+    return [_checked_message(f"messages[{index}]", message, beta) for index, message in enumerate(messages)]
+
+
+def _checked_message(where: str, message: Mapping[str, Any], beta: bool) -> dict[str, Any]:
+    role = message.get("role")
+    allowed = _FIELDS.get(role) if isinstance(role, str) else None
+    kept: dict[str, Any] = {}
+    for name, value in message.items():
+        if value is None or any(value == empty for empty in _EMPTY_FIELDS.get(name, ())):
+            continue
+        if allowed is not None and name not in allowed:
+            shown = name if len(name) <= 60 else name[:57] + "..."
+            raise not_supported(f"{where}.{shown}", f"a message of role {role} holds {', '.join(sorted(allowed))}")
+        kept[name] = value
+    if "prefix" in kept:
+        if kept["prefix"] is not True:
+            raise bad_parameter(f"{where}.prefix", "must be true or false")
+        if not beta:
+            raise not_supported(f"{where}.prefix", "prefix completion is at /beta/chat/completions")
+    if role == "tool" and not isinstance(kept.get("tool_call_id"), str):
+        raise bad_parameter(f"{where}.tool_call_id", "missing; give the id of the call that this is the result of")
+    _check_parts(where, kept.get("content"))
+    return kept
+
+
+def _check_parts(where: str, content: object) -> None:
+    """Of a content in parts: that each is text and nothing else; its type is checked with the conversation."""
+    for index, part in enumerate(content if isinstance(content, list) else ()):
+        others = sorted(set(part) - {"type", "text"}) if isinstance(part, dict) and part.get("type") == "text" else []
+        if others:
+            raise not_supported(f"{where}.content[{index}].{others[0][:60]}", "a part holds type and text")
+
+
+def _max_tokens(request: ChatRequest) -> int | None:
+    old, new = request.max_tokens, request.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise bad_parameter("max_completion_tokens", f"{new} is not max_tokens, {old}; give one of them")
+    return new if old is None else old
+
+
+def _params(request: ChatRequest, prompt: Prompt, max_tokens: int | None, served: ServedModel) -> SamplingParams:
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad_parameter("top_logprobs", "needs logprobs: true")
+    form = output_form(
+        served.chat,
+        prompt,
+        served.tokenizer,
+        request.tools,
+        request.tool_choice,
+        request.response_format,
+        request.parallel_tool_calls,
+        served.ends or None,
+    )
+    structured = None if form is None else StructuredOutput(form.kind, form.value)  # pyright: ignore[reportArgumentType]
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return sampling_params(request, served, max_tokens=max_tokens, logprobs=logprobs, structured=structured)
+
+
+def _parser(served: ServedModel, prompt: Prompt, tools: list[dict[str, Any]] | None, choice: int) -> OutputParser:
+    """Of one choice.  Calls have ids that no other answer's have."""
+    return served.chat.parser(prompt, tools, lambda index: f"call_{uuid4().hex[:24]}")
