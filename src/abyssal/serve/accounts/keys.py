@@ -22,7 +22,7 @@ _SECRET_BYTES = 32
 _SELECTOR_BYTES = 8
 _HINT_LETTERS = 4
 _NAME_LETTERS = 128
-_COLUMNS = [
+_COLUMNS = (
     "account",
     "name",
     "selector",
@@ -34,7 +34,7 @@ _COLUMNS = [
     "tokens_per_minute",
     "concurrency",
     "created",
-]
+)
 
 
 @dataclass(frozen=True)

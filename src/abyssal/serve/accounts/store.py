@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID
 CREATE TABLE accounts (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     name TEXT NOT NULL UNIQUE,
-    balance INTEGER NOT NULL DEFAULT 0,
+    balance INTEGER NOT NULL DEFAULT 0 CHECK (typeof(balance) = 'integer'),
     postpaid INTEGER NOT NULL,
     created REAL NOT NULL
 );
@@ -57,7 +58,7 @@ CREATE TABLE log (
     key INTEGER REFERENCES keys,
     kind TEXT NOT NULL,
     reference TEXT UNIQUE,
-    amount INTEGER NOT NULL,
+    amount INTEGER NOT NULL CHECK (typeof(amount) = 'integer'),
     model TEXT,
     hit_tokens INTEGER NOT NULL DEFAULT 0,
     miss_tokens INTEGER NOT NULL DEFAULT 0,
@@ -112,7 +113,7 @@ class Store:
 
     def _set_up(self, currency: str) -> None:
         self._connection.row_factory = sqlite3.Row
-        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._write_ahead()
         self._connection.execute("PRAGMA synchronous = FULL")
         self._connection.execute("PRAGMA foreign_keys = ON")
         with self.transaction():
@@ -125,6 +126,18 @@ class Store:
         if self.value("PRAGMA user_version") != _FORMAT:
             raise ValueError(f"{self.path}: is of format {self.value('PRAGMA user_version')}, this is for {_FORMAT}")
         self.currency = str(self.value("SELECT value FROM settings WHERE name = 'currency'"))
+
+    def _write_ahead(self) -> None:
+        """sqlite does not always wait for others when it changes the mode of a new file."""
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
+        while True:
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def close(self) -> None:
         with self._lock:
@@ -174,9 +187,9 @@ class Store:
 
     def insert(self, table: str, columns: Sequence[str], *values: Any) -> int:
         """The new row's id."""
+        assert self._connection.in_transaction, "writing happens inside a transaction"
         names, places = ", ".join(columns), ", ".join("?" * len(columns))
-        with self._lock:
-            cursor = self._connection.execute(f"INSERT INTO {table} ({names}) VALUES ({places})", values)
+        cursor = self._connection.execute(f"INSERT INTO {table} ({names}) VALUES ({places})", values)
         assert cursor.lastrowid is not None
         return cursor.lastrowid
 
@@ -184,15 +197,16 @@ class Store:
 def _keep_private(path: Path) -> None:
     """Make the file, or close it to others; sqlite gives the files beside it the same mode.
 
+    A file that is there is not opened: closing it would drop the locks of this process's other connections to it.
+
     Raises:
         ValueError: it belongs to somebody else, who could change what others owe.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        status = os.fstat(descriptor)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except FileExistsError:
+        status = path.stat()
         if os.geteuid() not in (0, status.st_uid):
-            raise ValueError(f"{path}: belongs to another user; name another file")
+            raise ValueError(f"{path}: belongs to another user; name another file") from None
         if status.st_mode & 0o077:
-            os.fchmod(descriptor, 0o600)
-    finally:
-        os.close(descriptor)
+            path.chmod(0o600)
