@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import sqlite3
 import sys
 import time
 from datetime import datetime
@@ -25,8 +27,11 @@ def main(argv: list[str]) -> int:
     path = Path(options.file) if options.file else default_path()
     if options.action != "create" and not path.exists():
         raise ValueError(f"{path}: there are no accounts here; make the first key with `abyssal keys create NAME`")
-    with Store(path, options.currency if options.action == "create" else "USD") as store:
-        figures = _ACTIONS[options.action](store, options)
+    try:
+        with Store(path, getattr(options, "currency", None) or "USD") as store:
+            figures = _ACTIONS[options.action](store, options)
+    except sqlite3.OperationalError as error:  # a full disk, a file that may not be written, one that stays locked
+        raise OSError(f"{path}: {error}") from None
     if options.json:
         json.dump(figures, sys.stdout, indent=2)
         sys.stdout.write("\n")
@@ -62,10 +67,12 @@ def _add_create(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expires", help="days from now, or a date and time such as 2030-01-31T12:00")
     for name in _LIMITS:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="at most (default: no limit)")
-    parser.add_argument("--currency", default="USD", help="of a new file of accounts (default USD)")
+    parser.add_argument("--currency", type=_currency, help="of a new file of accounts (default USD)")
 
 
 def _create(store: Store, options: argparse.Namespace) -> dict[str, Any]:
+    if options.currency not in (None, store.currency):
+        raise ValueError(f"--currency is {options.currency}, and the balances of {store.path} are in {store.currency}")
     balance = parse_money(options.balance)
     if balance < 0:
         raise ValueError(f"--balance is {options.balance}: a balance begins at 0 or above")
@@ -123,6 +130,12 @@ def _figures(account: Account, currency: str) -> dict[str, Any]:
     }
 
 
+def _currency(text: str) -> str:
+    if not re.fullmatch("[A-Z]{3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not three capital letters, such as USD")
+    return text
+
+
 def _expiry(text: str | None) -> float | None:
     """Seconds since the epoch; a date without a zone is in this machine's."""
     if text is None:
@@ -159,7 +172,7 @@ def _facts(key: dict[str, Any]) -> list[str]:
     if key["expires"] is not None:
         verb = "expired" if key["expires"] <= time.time() else "expires"
         facts.append(f"{verb} {time.strftime('%Y-%m-%d %H:%M', time.localtime(key['expires']))}")
-    return facts + [f"{key[name]} {name.replace('_', ' ')}" for name in _LIMITS if key[name] is not None]
+    return facts + [f"{name.replace('_', ' ')}: {key[name]}" for name in _LIMITS if key[name] is not None]
 
 
 def _print_state(figures: dict[str, Any]) -> None:

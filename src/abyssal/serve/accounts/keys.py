@@ -22,6 +22,7 @@ _SECRET_BYTES = 32
 _SELECTOR_BYTES = 8
 _HINT_LETTERS = 4
 _NAME_LETTERS = 128
+_END_OF_TIME = 253_370_764_800.0  # 1 January 9999
 _COLUMNS = (
     "account",
     "name",
@@ -109,8 +110,8 @@ class KeyRing:
         limits = limits or KeyLimits()
         for what, text in (("name", name), ("account", account), ("namespace", namespace)):
             _check_name(what, text)
-        if expires is not None and expires <= self._clock():
-            raise ValueError("the key would be void already: give an expiry in the future")
+        if expires is not None and not self._clock() < expires < _END_OF_TIME:  # nor is it a NaN
+            raise ValueError("a key expires in the future, and before the year 9999")
         secret = _PREFIX + secrets.token_urlsafe(_SECRET_BYTES)
         digest = _digest(secret)
         with self._store.transaction():

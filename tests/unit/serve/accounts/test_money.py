@@ -1,0 +1,28 @@
+"""Amounts of money."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from abyssal.serve.accounts.money import MOST_NANO, NANO, format_money, parse_money
+
+
+@given(st.integers(-MOST_NANO, MOST_NANO))
+def test_what_is_written_reads_the_same(nano: int) -> None:
+    assert parse_money(format_money(nano)) == nano
+
+
+def test_examples() -> None:
+    assert parse_money("12.5") == 12_500_000_000 == parse_money(Decimal("12.50"))
+    assert parse_money(3) == 3 * NANO
+    assert [format_money(n) for n in (0, -NANO // 2, 17_500, NANO * 110)] == ["0.00", "-0.50", "0.0000175", "110.00"]
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,5", "nan", "inf", "-Infinity", "0.0000000001", "1e30", "1e999999999"])
+def test_bad_amounts(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_money(text)
