@@ -52,7 +52,7 @@ def test_the_whole_digest_counts(store: Store) -> None:
     keys = KeyRing(store)
     secret = keys.create("alice")
     with store.transaction():
-        store.write("UPDATE keys SET digest = selector || zeroblob(24)")
+        store.write("UPDATE keys SET digest = CAST(selector || zeroblob(24) AS BLOB)")
     refused(keys, secret)
 
 
