@@ -34,7 +34,7 @@ def test_the_life_of_a_key(file: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (made["balance"], made["currency"], made["concurrency"]) == ("1.50", "USD", 2)
     with Store(file) as store:
         assert KeyRing(store).authenticate(made["key"]).key_name == "alice"
-    assert figures(capsys, file, "topup", "alice", "0.0000000125".removesuffix("5"))["balance"] == "1.500000012"
+    assert figures(capsys, file, "topup", "alice", "0.000000012")["balance"] == "1.500000012"
     assert figures(capsys, file, "topup", "alice", "-0.5", "--reference", "p")["balance"] == "1.000000012"
     assert figures(capsys, file, "topup", "alice", "-0.5", "--reference", "p")["repeated"]
     listed = figures(capsys, file, "list")
@@ -57,7 +57,7 @@ def test_as_text(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (("create", "bob", "--account", "alice", "--concurrency", "3"), "sk-"),
         (("topup", "bob", "5"), "alice: added 5.00; the balance is 5.00 USD"),
         (("disable", "bob"), "bob is disabled"),
-        (("list",), "alice: 5.00 USD, disabled, concurrency: 3"),
+        (("list",), "alice: 5.00 USD, postpaid, disabled, concurrency: 3"),
         (("list",), "postpaid, expires 2100-01-31 00:00"),
         (("enable", "bob"), "bob is enabled"),
     ):

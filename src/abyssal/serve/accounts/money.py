@@ -6,12 +6,13 @@ integer holds nine billion dollars of them.
 
 from __future__ import annotations
 
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, Inexact, InvalidOperation, localcontext
 
 NANO = 1_000_000_000
-MOST_NANO = 2**62
+MOST_NANO = 2**62 // NANO * NANO
 """The largest balance either way: sqlite's integers end at 2^63, and a charge on top must still fit."""
 _DIGITS = 9
+_PRECISION = 40
 
 
 def parse_money(text: str | int | Decimal) -> int:
@@ -21,15 +22,18 @@ def parse_money(text: str | int | Decimal) -> int:
         ValueError: no number, finer than a billionth, or too large.
     """
     try:
-        amount = Decimal(text) * NANO
-        whole = int(amount)
-    except (InvalidOperation, ValueError, OverflowError):
-        raise ValueError(f"{text!r} is not an amount of money: write it as 12.50") from None
-    if amount != whole:
-        raise ValueError(f"{text} is finer than a billionth")
-    if abs(whole) > MOST_NANO:
+        amount = Decimal(text)
+    except InvalidOperation:
+        amount = Decimal("NaN")
+    if amount.is_nan():
+        raise ValueError(f"{text!r} is not an amount of money: write it as 12.50")
+    if amount.copy_abs() > MOST_NANO // NANO:  # before a number of a million digits is made of it
         raise ValueError(f"{text} is more money than can be counted here ({format_money(MOST_NANO)})")
-    return whole
+    try:
+        with localcontext(prec=_PRECISION, traps=[Inexact]):
+            return int((amount * NANO).to_integral_exact())
+    except Inexact:
+        raise ValueError(f"{text} is finer than a billionth") from None
 
 
 def format_money(nano: int) -> str:

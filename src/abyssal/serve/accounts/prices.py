@@ -169,8 +169,8 @@ def _hours(entry: Any, where: str) -> OffPeak:
 
 
 def _discount(value: Any, where: str) -> int:
-    good = isinstance(value, int | Decimal) and not isinstance(value, bool)
-    if not good or not 0 < value <= 100 or value * 100 != int(value * 100):
+    number = isinstance(value, int | Decimal) and not isinstance(value, bool)
+    if not number or not Decimal(value).is_finite() or not 0 < value <= 100 or value * 100 % 1:
         raise ValueError(f"{where} is {value}: write percent, above 0 and up to 100, with at most two decimals")
     return int(value * 100)
 

@@ -111,9 +111,10 @@ class Ledger:
 
     def close(self) -> None:
         """Give up what is still reserved."""
-        if self._holder is not None:
-            with self._store.transaction(durable=False):
-                self._store.write("DELETE FROM reservations WHERE holder = ?", self._holder.name)
+        with self._store.transaction(durable=False):
+            if self._holder is None:
+                return
+            self._store.write("DELETE FROM reservations WHERE holder = ?", self._holder.name)
             self._holder.close()
             self._holder = None
 
@@ -177,9 +178,9 @@ class Ledger:
             ValueError: the reference is not new.
         """
         assert 0 <= amount <= MOST_NANO, amount
-        if self._holder is None:
-            self._holder = Holder(self._store.path)
         with self._store.transaction(durable=False):
+            if self._holder is None:
+                self._holder = Holder(self._store.path)
             self._check_new(reference)
             if not account.postpaid:
                 self._check_covered(account.account_id, amount)

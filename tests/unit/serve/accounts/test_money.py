@@ -22,7 +22,25 @@ def test_examples() -> None:
     assert [format_money(n) for n in (0, -NANO // 2, 17_500, NANO * 110)] == ["0.00", "-0.50", "0.0000175", "110.00"]
 
 
-@pytest.mark.parametrize("text", ["", "a", "1,5", "nan", "inf", "-Infinity", "0.0000000001", "1e30", "1e999999999"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a",
+        "1,5",
+        "nan",
+        "inf",
+        "-Infinity",
+        "0.0000000001",
+        "1e30",
+        "1e999999",
+        "1e999999999",
+        "1" + "0" * 40,
+        "1.00000000000000000000000000000000001",
+        "1e-999999999",
+        "4611686019",
+    ],
+)
 def test_bad_amounts(text: str) -> None:
     with pytest.raises(ValueError):
         parse_money(text)
