@@ -9,8 +9,9 @@
 A ticket that is closed without a charge gives back what it reserved.  A request that a client dropped is charged for
 what was computed until then.
 
-Reserving and charging write to the disk, which takes up to some milliseconds: a server with an event loop calls them in
-a thread.
+Reserving, charging and asking for the balance may wait for the disk or for another process, some milliseconds as a
+rule: a server with an event loop calls them in a thread.  Authenticating has a connection of its own, which waits for
+nobody.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Desk:
         self.prices = prices if prices is not None else PriceTable(store.currency)
         if self.prices.currency != store.currency:
             raise ValueError(f"prices are in {self.prices.currency}, balances of {store.path} in {store.currency}")
-        self.keys = KeyRing(store, clock)
+        self._reader = Store(store.path)
+        self.keys = KeyRing(self._reader, clock)
         self.ledger = Ledger(store, clock)
         self.limiter = Limiter(ticks)
         self.clock = clock
@@ -57,6 +59,7 @@ class Desk:
     def close(self) -> None:
         """Give up reservations.  The store stays open."""
         self.ledger.close()
+        self._reader.close()
 
     def authenticate(self, authorization: str | None, api_key: str | None = None) -> Account:
         """Who asks.

@@ -26,7 +26,7 @@ def parse_money(text: str | int | Decimal) -> int:
     except InvalidOperation:
         amount = Decimal("NaN")
     if amount.is_nan():
-        raise ValueError(f"{text!r} is not an amount of money: write it as 12.50")
+        raise ValueError(f"{str(text)!r} is not an amount of money: write it as 12.50")
     if amount.copy_abs() > MOST_NANO // NANO:  # before a number of a million digits is made of it
         raise ValueError(f"{text} is more money than can be counted here ({format_money(MOST_NANO)})")
     try:

@@ -149,7 +149,10 @@ def _amount(entry: dict[str, Any], name: str, where: str) -> int:
     value = entry.get(name)
     if isinstance(value, bool) or not isinstance(value, int | Decimal):
         raise ValueError(f"{where}.{name} is {value!r}: write a price a 1M tokens, such as 0.27")
-    amount = parse_money(value)
+    try:
+        amount = parse_money(value)
+    except ValueError as error:
+        raise ValueError(f"{where}.{name}: {error}") from None
     if not 0 <= amount <= _MOST_A_MILLION:
         raise ValueError(f"{where}.{name} is {value}: a price lies between 0 and {_MOST_A_MILLION // NANO}")
     return amount

@@ -173,6 +173,8 @@ class Ledger:
     def reserve(self, account: Account, reference: str, amount: int) -> None:
         """Set ``amount`` billionths aside for the request ``reference``, until it is charged or released.
 
+        Nothing is set aside where the account may owe; the reference is taken all the same.
+
         Raises:
             Refusal: 402: there is not as much left.
             ValueError: the reference is not new.
@@ -184,7 +186,7 @@ class Ledger:
             self._check_new(reference)
             if not account.postpaid:
                 self._check_covered(account.account_id, amount)
-            values = (reference, account.account_id, amount, self._holder.name)
+            values = (reference, account.account_id, 0 if account.postpaid else amount, self._holder.name)
             self._store.write("INSERT INTO reservations VALUES (?, ?, ?, ?)", *values)
 
     def _check_new(self, reference: str) -> None:

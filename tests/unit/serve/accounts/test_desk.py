@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
 import pytest
 
 from abyssal.serve.accounts.desk import Desk
 from abyssal.serve.accounts.keys import KeyLimits
-from abyssal.serve.accounts.prices import Price, PriceTable
+from abyssal.serve.accounts.prices import Price, PriceTable, read_prices
 from abyssal.serve.accounts.refusal import Refusal
 from abyssal.serve.accounts.store import Store
 from abyssal.serve.accounts.usage import Usage
@@ -93,9 +96,6 @@ def test_without_prices_usage_is_logged(store: Store) -> None:
 
 
 def test_the_hour_at_the_end_decides(store: Store, clock) -> None:
-    from datetime import UTC, datetime
-
-    from abyssal.serve.accounts.prices import read_prices
 
     path = store.path.with_name("prices.toml")
     path.write_text(
@@ -110,6 +110,12 @@ def test_the_hour_at_the_end_decides(store: Store, clock) -> None:
         clock.now += 60
         assert ticket.charge(Usage("r", "m", 0, 2, 0)).amount == -1000
     desk.close()
+
+
+def test_who_asks_does_not_wait_for_who_pays(store: Store, desk: Desk) -> None:
+    key = desk.keys.create("alice")
+    with ThreadPoolExecutor(1) as pool, store.transaction():
+        assert pool.submit(desk.authenticate, None, key).result(timeout=5).key_name == "alice"
 
 
 def test_one_currency(store: Store) -> None:

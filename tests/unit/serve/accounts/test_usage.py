@@ -129,9 +129,12 @@ def test_who_pays_later_may_owe(store: Store) -> None:
     ledger = Ledger(store)
     ledger.reserve(account, "a", 10**12)
     ledger.charge(account, used("a"), 10**12)
-    ledger.reserve(account, "b", 10**12)
+    for number in range(4):  # more than 64 bits can count
+        ledger.reserve(account, f"b{number}", MOST_NANO)
     balance = ledger.balance(account.account_id)
-    assert (balance.total, balance.postpaid) == (-(10**12), True)
+    assert (balance.total, balance.reserved, balance.postpaid) == (-(10**12), 0, True)
+    with pytest.raises(ValueError, match="used before"):
+        ledger.reserve(account, "b0", 1)
 
 
 def test_parallel_requests_of_several_servers_do_not_overspend(tmp_path: Path) -> None:
