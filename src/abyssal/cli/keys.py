@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> OneLineParser:
-    everywhere = argparse.ArgumentParser(add_help=False)
+    everywhere = OneLineParser(add_help=False)
     everywhere.add_argument("--file", help=f"with the accounts (default {default_path()})")
     everywhere.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser = OneLineParser(prog="abyssal keys", description="API keys of the server, and the balances that pay.")

@@ -6,13 +6,13 @@ integer holds nine billion dollars of them.
 
 from __future__ import annotations
 
-from decimal import Decimal, Inexact, InvalidOperation, localcontext
+from decimal import Context, Decimal, Inexact, InvalidOperation, localcontext
 
 NANO = 1_000_000_000
 MOST_NANO = 2**62 // NANO * NANO
 """The largest balance either way: sqlite's integers end at 2^63, and a charge on top must still fit."""
 _DIGITS = 9
-_PRECISION = 40
+_EXACT = Context(prec=40, traps=[Inexact])
 
 
 def parse_money(text: str | int | Decimal) -> int:
@@ -30,7 +30,7 @@ def parse_money(text: str | int | Decimal) -> int:
     if amount.copy_abs() > MOST_NANO // NANO:  # before a number of a million digits is made of it
         raise ValueError(f"{text} is more money than can be counted here ({format_money(MOST_NANO)})")
     try:
-        with localcontext(prec=_PRECISION, traps=[Inexact]):
+        with localcontext(_EXACT):
             return int((amount * NANO).to_integral_exact())
     except Inexact:
         raise ValueError(f"{text} is finer than a billionth") from None

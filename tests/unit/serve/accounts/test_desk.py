@@ -96,7 +96,6 @@ def test_without_prices_usage_is_logged(store: Store) -> None:
 
 
 def test_the_hour_at_the_end_decides(store: Store, clock) -> None:
-
     path = store.path.with_name("prices.toml")
     path.write_text(
         '[models."*"]\nhit = 1\nmiss = 1\noutput = 1\n'
