@@ -83,7 +83,8 @@ def test_hours_follow_summer_time_and_overlap() -> None:
         "2025-01-15T00:30Z": 75,  # 01:30 in winter
         "2025-01-15T01:30Z": 25,
         "2025-07-15T00:30Z": 25,  # 02:30 in summer
-        "2025-07-15T04:30Z": 100,
+        "2025-07-15T03:59Z": 75,
+        "2025-07-15T04:00Z": 100,
     }
     assert {moment: price.cost(0, million, 0, at(moment)) for moment in costs} == costs
 
