@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from abyssal.serve.accounts import limits
 from abyssal.serve.accounts.keys import Account, KeyLimits
 from abyssal.serve.accounts.limits import Limiter, TokenBucket
 from abyssal.serve.accounts.refusal import Refusal
 
 
-def account(key_id: int = 1, **limits: int) -> Account:
-    return Account(key_id, "k", 1, "a", "n", KeyLimits(**limits), False, False, None, 0.0, "hint", 0)
+def account(key_id: int = 1, **most: int) -> Account:
+    return Account(key_id, "k", 1, "a", "n", KeyLimits(**most), False, False, None, 0.0, "hint", 0)
 
 
 def refused(limiter: Limiter, who: Account) -> int:
@@ -107,8 +110,15 @@ def test_new_limits_hold_at_once_and_what_runs_still_counts(clock) -> None:
     assert limiter.running(account()) == 3
 
 
-def test_threads_share_a_limit() -> None:
+def test_threads_share_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     limiter, who, ready = Limiter(), account(concurrency=5), threading.Barrier(16)
+    check = limits._check
+
+    def check_and_dawdle(*arguments: Any) -> None:
+        check(*arguments)
+        time.sleep(0.002)  # time enough for others to look as well, if they could
+
+    monkeypatch.setattr(limits, "_check", check_and_dawdle)
 
     def enter(_: int) -> bool:
         ready.wait()
