@@ -98,7 +98,7 @@ class Store:
         self.path = path
         self._lock = threading.RLock()
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _keep_private(path)
+        _make_private(path)
         self._connection = sqlite3.connect(
             path, timeout=_TIMEOUT_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -113,6 +113,7 @@ class Store:
 
     def _set_up(self, currency: str) -> None:
         self._connection.row_factory = sqlite3.Row
+        self._check_ours()
         self._write_ahead()
         self._connection.execute("PRAGMA synchronous = FULL")
         self._connection.execute("PRAGMA foreign_keys = ON")
@@ -121,11 +122,19 @@ class Store:
                 for statement in _SCHEMA.split(";"):
                     self._connection.execute(statement)
                 self.write("INSERT INTO settings VALUES ('currency', ?)", currency)
+        self._check_ours()  # another program may have been faster
+        if self.path.stat().st_mode & 0o077:
+            self.path.chmod(0o600)
+        self.currency = str(self.value("SELECT value FROM settings WHERE name = 'currency'"))
+
+    def _check_ours(self) -> None:
+        """Before anything is changed: a file without tables is ours to fill."""
+        if self.value("SELECT count(*) FROM sqlite_master") == 0:
+            return
         if self.value("PRAGMA application_id") != _APPLICATION:
             raise ValueError(f"{self.path}: holds something else than accounts; name another file")
         if self.value("PRAGMA user_version") != _FORMAT:
             raise ValueError(f"{self.path}: is of format {self.value('PRAGMA user_version')}, this is for {_FORMAT}")
-        self.currency = str(self.value("SELECT value FROM settings WHERE name = 'currency'"))
 
     def _write_ahead(self) -> None:
         """sqlite does not always wait for others when it changes the mode of a new file."""
@@ -194,8 +203,8 @@ class Store:
         return cursor.lastrowid
 
 
-def _keep_private(path: Path) -> None:
-    """Make the file, or close it to others; sqlite gives the files beside it the same mode.
+def _make_private(path: Path) -> None:
+    """Make the file, unless it is there; sqlite gives the files beside it the same mode.
 
     A file that is there is not opened: closing it would drop the locks of this process's other connections to it.
 
@@ -205,8 +214,5 @@ def _keep_private(path: Path) -> None:
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except FileExistsError:
-        status = path.stat()
-        if os.geteuid() not in (0, status.st_uid):
+        if os.geteuid() not in (0, path.stat().st_uid):
             raise ValueError(f"{path}: belongs to another user; name another file") from None
-        if status.st_mode & 0o077:
-            path.chmod(0o600)

@@ -77,8 +77,12 @@ def test_other_files_are_left_alone(tmp_path: Path, content: bytes | None) -> No
         other.close()
     else:
         path.write_bytes(content)
+    path.chmod(0o644)
+    before = path.read_bytes()
     with pytest.raises(ValueError, match=str(path)):
         Store(path)
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (before, 0o644)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:
