@@ -106,6 +106,15 @@ def test_many_open_a_new_file_at_once(tmp_path: Path) -> None:
         assert len(KeyRing(store).all()) == 8
 
 
+def test_a_second_connection_leaves_the_locks_of_the_first(store: Store) -> None:
+    """Or another program that closes the file believes to be its last user, and removes the log from under us."""
+    KeyRing(store).create("alice")
+    Store(store.path).close()
+    program = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT * FROM keys'); c.close()"
+    subprocess.run([sys.executable, "-c", program, str(store.path)], check=True)
+    assert store.path.with_name(store.path.name + "-wal").exists()
+
+
 def test_default_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     assert default_path() == tmp_path / "abyssal" / "accounts.sqlite"
