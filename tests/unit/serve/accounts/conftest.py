@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,19 @@ def clock() -> Clock:
     return Clock()
 
 
+class HastyStore(Store):
+    """One that waits for no disk, which may be busy: a test that cuts no power cannot tell."""
+
+    def transaction(self, durable: bool = True) -> AbstractContextManager[None]:
+        return super().transaction(durable=False)
+
+
+@pytest.fixture
+def open_store() -> Callable[[Path], Store]:
+    return HastyStore
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    with Store(tmp_path / "accounts.sqlite") as store:
+    with HastyStore(tmp_path / "accounts.sqlite") as store:
         yield store

@@ -34,14 +34,12 @@ def test_every_file_is_the_owners_alone(tmp_path: Path) -> None:
         os.umask(before)
 
 
-def test_what_is_committed_waits_for_the_disk(store: Store) -> None:
-    assert store.value("PRAGMA journal_mode") == "wal"
-    with store.transaction():
-        assert store.value("PRAGMA synchronous") == 2
-    with store.transaction(durable=False):
-        assert store.value("PRAGMA synchronous") == 1
-    with store.transaction():
-        assert store.value("PRAGMA synchronous") == 2
+def test_what_is_committed_waits_for_the_disk(tmp_path: Path) -> None:
+    with Store(tmp_path / "a") as store:
+        assert store.value("PRAGMA journal_mode") == "wal"
+        for durable in (True, False, True):
+            with store.transaction(durable=durable):
+                assert store.value("PRAGMA synchronous") == (2 if durable else 1)
 
 
 def test_all_or_nothing(store: Store) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -137,9 +138,11 @@ def test_who_pays_later_may_owe(store: Store) -> None:
         ledger.reserve(account, "b0", 1)
 
 
-def test_parallel_requests_of_several_servers_do_not_overspend(tmp_path: Path) -> None:
+def test_parallel_requests_of_several_servers_do_not_overspend(
+    tmp_path: Path, open_store: Callable[[Path], Store]
+) -> None:
     """Four connections, sixteen threads, money for ten requests."""
-    stores = [Store(tmp_path / "a") for _ in range(4)]
+    stores = [open_store(tmp_path / "a") for _ in range(4)]
     account = open_account(stores[0], 1005)
     ledgers = [Ledger(store) for store in stores]
     ready = threading.Barrier(16)
@@ -208,9 +211,11 @@ actions = st.lists(
 
 @trials(deadline=None, max_examples=30)
 @given(steps=actions)
-def test_the_log_adds_up_whatever_happens(tmp_path_factory: pytest.TempPathFactory, steps: list) -> None:
+def test_the_log_adds_up_whatever_happens(
+    tmp_path_factory: pytest.TempPathFactory, open_store: Callable[[Path], Store], steps: list
+) -> None:
     """Against a model: a balance is the sum of what was said first under each reference."""
-    with Store(tmp_path_factory.mktemp("trial") / "a") as store:
+    with open_store(tmp_path_factory.mktemp("trial") / "a") as store:
         ledger = Ledger(store)
         both = [open_account(store, 200, name) for name in ("alice", "bob")]
         expected = [200, 200]
