@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,11 +29,13 @@ def clock() -> Clock:
 class HastyStore(Store):
     """One that waits for no disk, which may be busy: a test that cuts no power cannot tell."""
 
-    def transaction(self, durable: bool = True) -> AbstractContextManager[None]:
-        return super().transaction(durable=False)
+    @contextmanager
+    def transaction(self, durable: bool = True) -> Iterator[None]:
+        with super().transaction(durable=False):
+            yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def open_store() -> Callable[[Path], Store]:
     return HastyStore
 
