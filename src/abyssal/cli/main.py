@@ -21,6 +21,7 @@ VERBS: dict[str, str] = {
     "generate": "let a model write",
     "chat": "talk to a model",
     "cache": "what the context cache on disk holds, and forgetting it",
+    "keys": "who may use a server, and for how much",
     "quickstart": "train a tiny model on this machine, look at it, let it write",
 }
 """Verb and what it does, in the order of the help; ``abyssal.cli.<verb>`` implements it."""
