@@ -110,6 +110,10 @@ class Engine:
         self._add(request, fresh_seed() if request.params.seed is None else request.params.seed)
 
     def _add(self, request: Request, seed: int) -> None:
+        if request.request_id in self._requests:  # a cancelled one too, until a step has told of its end
+            raise ValueError(
+                f"request_id: {request.request_id} is that of a request still under way; give each its own"
+            )
         structure = self._structure(request)
         completions = [
             LiveSequence(

@@ -233,3 +233,16 @@ def test_a_growing_output_is_what_it_was_when_it_was_looked_at(model: Transforme
     assert all(after.text.startswith(before.text) for before, after in pairwise(pieces))
     assert [piece.finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert pieces[-1] == replace(llm.generate([GOOD], GREEDY)[0], request_id=pieces[-1].request_id)
+
+
+def test_a_cancelled_request_keeps_its_number_until_its_end_is_told(model: Transformer) -> None:
+    engine = Engine(model)
+    engine.add(Request(0, (3, 4), GREEDY))
+    engine.cancel(0)
+    with pytest.raises(ValueError, match="request_id: 0 is that of a request still under way"):
+        engine.add(Request(0, (5,), GREEDY))
+    assert [output.finish_reason for output in engine.step()] == ["cancelled"]
+    engine.add(Request(0, (5,), GREEDY))
+    while engine.unfinished:
+        outputs = engine.step()
+    assert len(outputs[0].token_ids) == 8
