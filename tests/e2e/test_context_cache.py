@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from tests.support.checkpoints import SMALL, random_model
 from tests.support.forked import exit_status, fork
 from tests.support.killed_engines import Asker
+from tests.support.small_disk import mounted_disk
 
 NUM_PROMPTS = 6
 
@@ -101,17 +101,8 @@ def test_files_vanish_under_a_running_engine(asker: Asker, tmp_path: Path) -> No
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=128k,mode=700", "tmpfs", str(mount)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("only root may mount a small disk")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
+    with mounted_disk(tmp_path / "disk", "128k") as folder:
+        yield folder
 
 
 def test_a_full_disk_fails_no_request(model, small_disk: Path) -> None:

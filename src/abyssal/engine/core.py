@@ -177,7 +177,8 @@ class Engine:
         tells of, and the engine can go on with others.
         """
         if self._asleep:
-            return self._outputs(self.scheduler.expire())
+            untold, self._untold = self._untold, []
+            return self._outputs([*untold, *self.scheduler.expire()])
         self._take_in(self._mover.arrivals())
         self._mover.store(self.scheduler.take_prefixes())
         most_drafts = None if self._gain is None else self._gain.begin(self.scheduler.num_writing)

@@ -29,6 +29,7 @@ from abyssal.cache.index import Index
 from abyssal.cache.segments import HEADER_BYTES, SegmentWriter
 from abyssal.cache.store import PageStore
 from tests.support.forked import exit_status, fork
+from tests.support.small_disk import mounted_disk
 
 LENGTH = 3000
 RECORD = HEADER_BYTES + LENGTH
@@ -291,17 +292,8 @@ def test_a_torn_tail_is_cut_and_whole_pages_before_it_are_indexed(folder: Path) 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=700", "tmpfs", str(mount)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("only root may mount a small disk")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
+    with mounted_disk(tmp_path / "disk", "256k") as folder:
+        yield folder
 
 
 def test_a_full_disk_stops_the_writing_with_one_warning(small_disk: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ from abyssal.model.transformer import Transformer
 from abyssal.spec.arithmetic import kv_cache_bytes_per_token
 from abyssal.spec.presets import preset
 from tests.support.checkpoints import SMALL, random_model
+from tests.support.forked import exit_status, fork
 from tests.support.parity import draw_spec
 
 LENGTH = PAGE + 20
@@ -116,3 +117,9 @@ def test_a_step_without_tokens() -> None:
     with torch.inference_mode():
         context = PagedBatch(PagedCache(SMALL, 1, torch.float32), [])
         assert model.hidden(torch.empty(0, dtype=torch.long), model.step(context)).shape == (0, SMALL.hidden_size)
+
+
+def test_a_fork_has_pages_of_its_own() -> None:
+    cache = PagedCache(SMALL, 1, torch.float32)
+    assert exit_status(fork(lambda: cache.entries_PLSX.fill_(1.0))) == 0
+    assert not cache.entries_PLSX.any()

@@ -9,7 +9,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from abyssal.train import checkpoints as module
 from abyssal.train.checkpoints import Checkpoints, SavedCheckpoint, Staging, saved_checkpoints
 from tests.support.forked import exit_status, fork
+from tests.support.small_disk import mounted_disk
 
 
 def _state(step: int) -> dict[str, Tensor]:
@@ -249,14 +249,8 @@ def test_what_ended_the_run_is_not_hidden_by_a_failed_save(tmp_path: Path, monke
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if os.geteuid() or shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted_disk(tmp_path / "disk", "1m") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("checked", [True, False], ids=["seen before", "met while writing"])
