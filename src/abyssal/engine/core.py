@@ -29,7 +29,7 @@ from abyssal.engine.scheduler import Scheduler
 from abyssal.engine.stored import StoredPages
 from abyssal.engine.structured import Structure, StructureCompiler, open_reasoning
 from abyssal.engine.transfer import Exported, IncomingLayers, LayerPages, Prefilled, TensorBytes
-from abyssal.engine.weights import copy_weights
+from abyssal.engine.weights import copy_weights, weights_fingerprint
 from abyssal.model.transformer import Transformer
 from abyssal.text.tokenizer import Tokenizer
 
@@ -75,11 +75,13 @@ class Engine:
         self._tokenizer = tokenizer
         self._model = model
         self._asleep = False
-        self._untold: list[Progress] = []
+        self._untold: list[int] = []  # requests that a failed step ended
+        self._fingerprint: str | None = None
         self._structures = None
         if tokenizer is not None:
             self._structures = StructureCompiler(tokenizer.to_json(), spec.vocab_size, self._ends)
         num_pages = config.num_pages(model)
+        self._num_pages, self._config = num_pages, config
         self._live: dict[int, LiveSequence] = {}
         self._requests: dict[int, list[LiveSequence]] = {}
         num_drafts = config.drafts(model)
@@ -92,13 +94,16 @@ class Engine:
         paths: tuple[Path, ...] = ("prompt",) if config.deterministic else ("prompt", "decode")
         self._mover = PageMover(cache, self._live, stored, paths)
         self._runner = ModelRunner(model, cache, self._live, self._mover, num_drafts)
-        pool = PagePool(num_pages)
-        self.scheduler = Scheduler(
-            config.of_scheduler(model, self._ends),
+        self.scheduler = self._new_scheduler()
+
+    def _new_scheduler(self) -> Scheduler:
+        pool = PagePool(self._num_pages)
+        return Scheduler(
+            self._config.of_scheduler(self._model, self._ends),
             pool,
-            PrefixCache(pool) if config.prefix_cache else None,
-            clock,
-            stored,
+            PrefixCache(pool) if self._config.prefix_cache else None,
+            self._clock,
+            self._stored,
         )
 
     def add(self, request: Request) -> None:
@@ -109,7 +114,8 @@ class Engine:
         """
         self._add(request, fresh_seed() if request.params.seed is None else request.params.seed)
 
-    def _add(self, request: Request, seed: int) -> None:
+    def _add(self, request: Request, seed: int) -> range:
+        """The numbers of its sequences."""
         if request.request_id in self._requests:  # a cancelled one too, until a step has told of its end
             raise ValueError(
                 f"request_id: {request.request_id} is that of a request still under way; give each its own"
@@ -126,11 +132,10 @@ class Engine:
             )
             for index in range(request.params.num_samples)
         ]
-        self.scheduler.add(request)
+        numbers = self.scheduler.add(request)
         self._requests[request.request_id] = completions
-        for number, sequence in self.scheduler.sequences.items():
-            if sequence.request is request:
-                self._live[number] = completions[sequence.index]
+        self._live.update(zip(numbers, completions, strict=True))
+        return numbers
 
     def _structure(self, request: Request) -> Structure | None:
         if request.params.structured is None:
@@ -173,50 +178,65 @@ class Engine:
         Where nothing can be computed before pages have come from elsewhere, it waits for them, for a moment.  Asleep,
         nothing is computed; requests that were cancelled, or whose deadline passed, still end.
 
-        An exception out of the model, or an interrupt, ends every request under way as an error, which the next step
+        An exception or an interrupt, wherever it comes, ends every request under way as an error, which the next step
         tells of, and the engine can go on with others.
         """
-        if self._asleep:
-            untold, self._untold = self._untold, []
-            return self._outputs([*untold, *self.scheduler.expire()])
+        try:
+            outputs = self._outputs(self.scheduler.expire() if self._asleep else self._step())
+        except BaseException as error:
+            self._start_over(error)
+            raise
+        return self._told() + outputs
+
+    def _step(self) -> list[Progress]:
+        self._mover.give_up([n for n in self._mover.filling if self.scheduler.sequences[n].ending is not None])
         self._take_in(self._mover.arrivals())
         self._mover.store(self.scheduler.take_prefixes())
         most_drafts = None if self._gain is None else self._gain.begin(self.scheduler.num_writing)
         plan = self.scheduler.plan(most_drafts)
         begun = time.perf_counter()
-        try:
-            results = self._runner.collect(self._runner.launch(plan))
-        except BaseException as error:
-            self._take_back(plan, error)
-            raise
+        results = self._runner.collect(self._runner.launch(plan))
         if self._gain is not None:
             self._gain.end(plan, results)
         self._note_rate(plan, time.perf_counter() - begun)
-        progress = [*self._untold, *self.scheduler.update(plan, results)]
-        self._untold = []
+        progress = self.scheduler.update(plan, results)
         self._mover.store(self.scheduler.take_prefixes())
         if not plan.chunks and self._mover.waiting:
             self._take_in(self._mover.arrivals(IMPORT_SECONDS))
             progress += self.scheduler.take_progress()
-        return self._outputs(progress)
+        return progress
 
-    def _take_back(self, plan: StepPlan, error: BaseException) -> None:
-        """A step that failed half-way: what it did to any page or sequence is not known."""
-        for request_id in list(self._requests):
-            self.scheduler.cancel(
-                request_id, "error", f"the step that it was in failed: {type(error).__name__} {error}"
-            )
-        self._untold += self.scheduler.update(plan, {})
-        for transfer in plan.imports:
-            if transfer.sequence not in self._mover.filling:
-                self.scheduler.imported(transfer.sequence, 0)
-        self.settle()
-        self._untold += self.scheduler.take_progress()
+    def _start_over(self, error: BaseException) -> None:
+        """A step was broken off, and what it did to any page or to the books is not known: begin new ones.  What was
+        cached in memory, or held for export, is lost with them."""
+        self._mover.forget_all()
+        self._runner.forget_all()
+        preemptions, self.scheduler = self.scheduler.num_preemptions, self._new_scheduler()
+        self.scheduler.num_preemptions = preemptions
+        self._live.clear()
+        self._held.clear()
+        detail = f"the step that it was in failed: {type(error).__name__} {error}"
+        for live in (live for completions in self._requests.values() for live in completions):
+            if live.finish_reason is None:
+                live.finish("error", detail)
+        self._untold = list(self._requests)
+
+    def _told(self) -> list[RequestOutput]:
+        """Ends that no step has told of."""
+        untold, self._untold = self._untold, []
+        return [output_of(self._requests.pop(request_id)) for request_id in untold]
 
     @property
     def weights_version(self) -> int:
         """Of the weights that compute the next step; 0 until :meth:`update_weights`."""
         return self._runner.weights_version
+
+    @property
+    def weights_fingerprint(self) -> str:
+        """Names the present weights (:func:`~abyssal.engine.weights.weights_fingerprint`)."""
+        if self._fingerprint is None:
+            self._fingerprint = weights_fingerprint(self._model)
+        return self._fingerprint
 
     def update_weights(self, version: int, state: Mapping[str, Tensor] | None = None) -> None:
         """The weights are other ones from here on: between steps, awake or asleep.
@@ -238,7 +258,7 @@ class Engine:
         if state is not None:
             copy_weights(self._model, state)
         self._model.refresh(version)
-        self._runner.weights_version = version
+        self._runner.weights_version, self._fingerprint = version, None
         self._drop_pages()
         if self._stored is not None:
             self._stored.change_weights(version)
@@ -276,11 +296,11 @@ class Engine:
         self._runner.forget_all()
 
     def _outputs(self, progress: Iterable[Progress]) -> list[RequestOutput]:
-        outputs: list[RequestOutput] = []
-        for request_id in dict.fromkeys([self._apply(each) for each in progress]):
-            outputs.append(output_of(self._requests[request_id]))
-            if outputs[-1].finished:
-                del self._requests[request_id]
+        changed = dict.fromkeys([self._apply(each) for each in progress])
+        outputs = [output_of(self._requests[request_id]) for request_id in changed]
+        for output in outputs:
+            if output.finished:
+                del self._requests[output.request_id]
         return outputs
 
     def _take_in(self, arrivals: Iterable[Arrival]) -> None:
@@ -296,7 +316,8 @@ class Engine:
             self._stored.note_computed(read, seconds)
 
     def settle(self) -> None:
-        """Wait for pages on their way: before the weights change or memory is given up."""
+        """Wait for pages on their way, those of other engines given up: before the weights change or memory is."""
+        self._mover.give_up(self._mover.filling)
         while self._mover.waiting:
             self._take_in(self._mover.arrivals(IMPORT_SECONDS))
 
@@ -313,7 +334,8 @@ class Engine:
         Raises:
             ValueError: no such request, or it ended for another reason.
         """
-        number, live = self._held_request(request_id)
+        held = self._held_request(request_id)
+        number, live = held.number, held.live
         transfer = self.scheduler.export(number)
         request = live.request
         going_on = replace(
@@ -327,6 +349,7 @@ class Engine:
             going_on,
             self._cache.layout,
             self._cache.entries_PLSX.shape[1],
+            self.weights_fingerprint,
             live.seed,
             "prompt" if self.scheduler.sequences[number].prompt_path >= transfer.num_tokens else "decode",
             live.cached_tokens,
@@ -337,7 +360,7 @@ class Engine:
             tuple(live.versions),
             tuple(None if rows is None else TensorBytes.of(torch.from_numpy(rows)) for rows in live.experts),
         )
-        return Exported(prefilled, transfer.pages, self._cache)
+        return Exported(prefilled, transfer.pages, self._cache, lambda: self._held.get(request_id) is held)
 
     def release_pages(self, request_id: int) -> None:
         """The pages of a prefilled request are no longer needed.
@@ -345,16 +368,16 @@ class Engine:
         Raises:
             ValueError: as :meth:`export_pages`.
         """
-        number, _ = self._held_request(request_id)
+        number = self._held_request(request_id).number
         del self._held[request_id], self._live[number]
         self._runner.forget(number)
         self.scheduler.release(number)
 
-    def _held_request(self, request_id: int) -> tuple[int, LiveSequence]:
+    def _held_request(self, request_id: int) -> _Held:
         held = self._held.get(request_id)
         if held is None:
             raise ValueError(f"request_id: {request_id} holds no pages: only a request that ended 'prefilled' does")
-        return held.number, held.live
+        return held
 
     def import_pages(self, prefilled: Prefilled, layers: Iterable[LayerPages], request_id: int | None = None) -> None:
         """Go on with a request that another engine has prefilled.
@@ -364,20 +387,24 @@ class Engine:
             request_id: in this engine; by default the same.
 
         Raises:
-            ValueError: pages of another layout, or what :meth:`add` raises.
+            ValueError: pages of another layout or of other weights, or what :meth:`add` raises.
         """
         if (prefilled.layout, prefilled.num_layers) != (self._cache.layout, self._cache.entries_PLSX.shape[1]):
             raise ValueError(
                 f"layout: pages are {prefilled.layout!r} there and {self._cache.layout!r} here; "
                 "both engines need the same model, dtype and page_dtype"
             )
+        if prefilled.weights != self.weights_fingerprint:
+            raise ValueError(
+                f"weights: pages were computed with {prefilled.weights}, and this engine has "
+                f"{self.weights_fingerprint}; load the same checkpoint into both, and update them together"
+            )
         deadline = None if prefilled.seconds_left is None else self._clock() + prefilled.seconds_left
         number_there = prefilled.request.request_id
         request = replace(
             prefilled.request, request_id=number_there if request_id is None else request_id, deadline=deadline
         )
-        self._add(request, prefilled.seed)
-        number = next(n for n, sequence in self.scheduler.sequences.items() if sequence.request is request)
+        (number,) = self._add(request, prefilled.seed)
         self._live[number].resume(prefilled)
         self._runner.resume_drafting(number, prefilled.draft)
         self._mover.expect(number, IncomingLayers(layers, prefilled.num_layers, prefilled.path))

@@ -1,8 +1,8 @@
 """Ctrl-C between the engine's steps, and not in the middle of one.
 
 A step that is broken off leaves books half written: a sequence that is in no step and waits for the end of one, a page
-that arrived and was not told of.  Nothing can put that right afterwards, so a first interrupt waits for the step's end.
-A second one does not, for steps that take too long.
+that arrived and was not told of.  The engine has to throw them away then, with all that was cached and every request
+under way, so a first interrupt waits for the step's end.  A second one does not, for steps that take too long.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Three kinds (:class:`~abyssal.engine.messages.Transfer`).  *Stored* pages are read from the store into the pages' own
 memory.  *Offloaded* ones are those of a preempted sequence: they go to the store's disk under keys that nobody else
 can know, and come back; what the store did not take, or lost, is computed again.  *Remote* ones come from another
-engine, layer by layer.
+engine, layer by layer (:mod:`abyssal.engine.remote`).
 
 Reading runs in threads beside the model's pass, over pages that nobody else uses until the scheduler hears that they
 are there.  What a failed read leaves in a page does not matter: it is computed over before anything looks at it.
@@ -13,11 +13,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from abyssal.cache.paged import PagedCache
 from abyssal.cache.pages import PAGE
 from abyssal.engine.live import LiveSequence
 from abyssal.engine.messages import FinishedPrefix, Path, Transfer
+from abyssal.engine.remote import RemoteFill, RemoteSource
 from abyssal.engine.request import pages_for
 from abyssal.engine.stored import StoredPages
 
@@ -44,14 +44,6 @@ class Arrival:
     """By which they were computed: "decode" if any was."""
     keeps_drafts: bool
     """Whether the sequence goes on where it stood: its drafts still hold."""
-
-
-class RemoteSource(Protocol):
-    """Pages of another engine."""
-
-    def fill(self, cache: PagedCache, pages: Sequence[int]) -> Path:
-        """Write their entries, and say by which path they were computed.  May raise anything."""
-        ...
 
 
 class PageMover:
@@ -76,6 +68,7 @@ class PageMover:
         self._paths = paths
         self._offloaded: dict[int, list[bytes]] = {}
         self._remote: dict[int, RemoteSource] = {}
+        self._fills: dict[int, RemoteFill] = {}
         self._under_way: dict[Future[tuple[int, Path]], tuple[Transfer, list[np.ndarray]]] = {}
         self._executor: ThreadPoolExecutor | None = None
         self._process = os.getpid()
@@ -108,15 +101,28 @@ class PageMover:
     def fetch(self, imports: Iterable[Transfer]) -> None:
         """Begin to fill pages, after whatever the same plan copies."""
         for transfer in imports:
-            buffers = [] if transfer.kind == "remote" else [self._cache.page_buffer(page) for page in transfer.pages]
+            if transfer.kind == "remote":
+                source = self._remote.pop(transfer.sequence)
+                fill = RemoteFill(source, self._cache, transfer.pages, transfer.num_tokens)
+                self._fills[transfer.sequence] = fill
+                self._under_way[fill.future] = (transfer, [])
+                continue
+            buffers = [self._cache.page_buffer(page) for page in transfer.pages]
             self._under_way[self._threads().submit(self._job(transfer, buffers))] = (transfer, buffers)
 
     def arrivals(self, seconds: float = 0.0) -> list[Arrival]:
         """Imports that are over since the last call; waits up to ``seconds`` for the first."""
         if not self._under_way:
             return []
+        for fill in self._fills.values():
+            fill.give_up_if_stalled()
         done = wait(self._under_way, seconds, FIRST_COMPLETED).done
         return [self._arrival(future) for future in list(self._under_way) if future in done]
+
+    def give_up(self, sequences: Collection[int]) -> None:
+        """Wait no longer for what other engines send these sequences; it arrives as nothing."""
+        for number in self._fills.keys() & sequences:
+            self._fills[number].give_up("it is no longer wanted")
 
     def store(self, finished: Iterable[FinishedPrefix]) -> None:
         """Keep finished prefixes in the store."""
@@ -128,6 +134,13 @@ class PageMover:
         """A sequence has ended."""
         self._offloaded.pop(sequence, None)
         self._remote.pop(sequence, None)
+
+    def forget_all(self) -> None:
+        """Every sequence has ended, in the middle of whatever it was.  Waits for what is under way."""
+        self.give_up(self.filling)
+        wait(self._under_way)
+        for books in (self._under_way, self._fills, self._offloaded, self._remote):
+            books.clear()
 
     def close(self) -> None:
         """Wait for what is under way, and end the threads; another import begins new ones."""
@@ -144,8 +157,6 @@ class PageMover:
     def _job(self, transfer: Transfer, buffers: list[np.ndarray]) -> Callable[[], tuple[int, Path]]:
         """What a thread does for a transfer: fills leading pages, and says how many tokens and of which path."""
         live = self._live[transfer.sequence]
-        if transfer.kind == "remote":
-            return lambda: (transfer.num_tokens, self._remote[transfer.sequence].fill(self._cache, transfer.pages))
         stored, namespace = self._stored, live.request.namespace
         assert stored is not None
         if transfer.kind == "offload":
@@ -161,12 +172,13 @@ class PageMover:
 
     def _arrival(self, future: Future[tuple[int, Path]]) -> Arrival:
         transfer, buffers = self._under_way.pop(future)
+        self._fills.pop(transfer.sequence, None)
         num_tokens = 0
         path: Path = "prompt"
         try:
             num_tokens, path = future.result()
-        except Exception:  # computing them instead costs time alone
-            logger.warning("pages of another engine did not arrive, and are computed here", exc_info=True)
+        except Exception as error:  # computing them instead costs time alone
+            logger.warning("pages of another engine did not arrive, and are computed here: %s", error)
         num_tokens = min(num_tokens, transfer.num_tokens)
         for page, buffer in zip(transfer.pages[: pages_for(num_tokens)], buffers, strict=False):
             self._cache.put_buffer(page, buffer)

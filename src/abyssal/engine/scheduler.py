@@ -227,8 +227,8 @@ class Scheduler:
 
     # Requests
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
+    def add(self, request: Request) -> range:
+        """Queue a request; the numbers of its sequences, one a completion.
 
         Raises:
             ValueError: it can never run as it stands; the message names the field, its value and what would do.
@@ -251,6 +251,7 @@ class Scheduler:
             self._shares.enter(request.user)
         if request.deadline is not None:
             self._deadlines.add(request.deadline, request.request_id)
+        return range(first.number, self._numbers)
 
     def cancel(self, request_id: int, reason: FinishReason = "cancelled", detail: str = "") -> bool:
         """End a request, now or as soon as the step that it is in is back; False where there is none.
@@ -322,8 +323,6 @@ class Scheduler:
 
     def update(self, plan: StepPlan, results: Mapping[int, Sampled]) -> list[Progress]:
         """Take in what a step sampled: one result for each sequence that a chunk samples for, forks included.
-
-        A step that failed is taken back by cancelling its requests (as errors) and an update without results.
 
         Returns:
             Progress since the last call, in the order of the plan, with the ends that happened outside of steps.

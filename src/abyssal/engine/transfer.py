@@ -14,7 +14,7 @@ Everything here is numbers, texts, bytes and small records, for whatever seriali
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +83,8 @@ class Prefilled:
     layout: str
     """Of the pages (:attr:`~abyssal.cache.paged.PagedCache.layout`)."""
     num_layers: int
+    weights: str
+    """Of the model (:func:`~abyssal.engine.weights.weights_fingerprint`)."""
     seed: int
     """Of the request's random numbers."""
     path: Path
@@ -108,11 +110,24 @@ class Exported:
     prefilled: Prefilled
     pages: tuple[int, ...]
     cache: PagedCache
+    held: Callable[[], bool]
+    """Whether the pages are still the request's."""
 
     def layers(self) -> Iterator[LayerPages]:
-        """The pages' contents, a layer at a time, read as they are asked for."""
+        """The pages' contents, a layer at a time, read as they are asked for.
+
+        Raises:
+            ValueError: they were released meanwhile, or the engine has other weights now; the layers read before are
+                right.
+        """
         for layer in range(self.prefilled.num_layers):
-            yield LayerPages(layer, TensorBytes.of(self.cache.export_layer(self.pages, layer)))
+            entries = TensorBytes.of(self.cache.export_layer(self.pages, layer)) if self.held() else None
+            if entries is None or not self.held():  # another thread may have let go of them while they were read
+                raise ValueError(
+                    f"pages: those of request {self.prefilled.request.request_id} are gone, with layer {layer} and "
+                    "later ones unread; take the layers before release_pages(), update_weights() and sleep()"
+                )
+            yield LayerPages(layer, entries)
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,7 @@ class IncomingLayers:
     num_layers: int
     path: Path
 
-    def fill(self, cache: PagedCache, pages: Sequence[int]) -> Path:
+    def fill(self, write: Callable[[int, Tensor], None]) -> Path:
         """Write each layer as it arrives.
 
         Raises:
@@ -134,7 +149,7 @@ class IncomingLayers:
         for each in self.layers:
             if each.layer not in missing:
                 raise ValueError(f"layer {each.layer} comes twice, or is none of {self.num_layers}")
-            cache.import_layer(pages, each.layer, each.entries.tensor())
+            write(each.layer, each.entries.tensor())
             missing.remove(each.layer)
         if missing:
             raise ValueError(f"layers {sorted(missing)[:8]} did not come")

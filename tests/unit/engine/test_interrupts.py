@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from abyssal.engine.config import EngineConfig
+from abyssal.engine.core import Engine
 from abyssal.engine.interrupts import unbroken
 from abyssal.engine.llm import LLM
-from abyssal.engine.messages import SamplingParams
+from abyssal.engine.messages import Request, RequestOutput, SamplingParams
 from tests.support.checkpoints import SMALL, random_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -48,6 +49,61 @@ def test_it_waits_for_the_steps_end(moment: str, monkeypatch: pytest.MonkeyPatch
     llm.engine.scheduler.check()
     assert calls >= 2 and not llm.engine.unfinished and not llm._news
     assert [output.token_ids for output in llm.generate(PROMPTS, GREEDY)] == wanted
+
+
+@pytest.mark.parametrize("moment", ["_shares.tick", "_memory.publish", "_take", "_charge", "_accept", "_end"])
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_what_breaks_a_step_off_anywhere_leaves_an_engine_that_goes_on(
+    moment: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second Ctrl-C, or a mistake of ours, in the middle of a plan or of what becomes of its results."""
+    config = EngineConfig(token_budget=16, max_sequences=4, cache_tokens=320)
+    engine = Engine(random_model(replace(SMALL, max_positions=256)), config=config)
+    requests = [Request(number, tuple(prompt), GREEDY) for number, prompt in enumerate(PROMPTS)]
+    wanted = _outputs(engine, requests)
+    owner, _, name = f"scheduler.{moment}".rpartition(".")
+    target: Any = engine
+    for part in owner.split("."):
+        target = getattr(target, part)
+    function, calls = getattr(target, name), 0
+
+    def broken_off(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = function(*arguments)
+        if calls == call:
+            raise KeyboardInterrupt("now")
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(target, name, broken_off)
+        for request in requests:
+            engine.add(request)
+        ended: list[RequestOutput] = []
+        with pytest.raises(KeyboardInterrupt, match="now"):
+            while engine.unfinished:
+                ended += [output for output in engine.step() if output.finished]
+    engine.scheduler.check()
+    assert not engine.unfinished and engine.scheduler is not target
+    with pytest.raises(ValueError, match="still under way"):
+        engine.add(
+            Request(next(r.request_id for r in requests if r.request_id not in {e.request_id for e in ended}), (3,))
+        )
+    told = engine.step()
+    assert {output.request_id for output in [*ended, *told]} == {0, 1, 2} and len(ended) + len(told) == 3
+    assert all(output.finished for output in told)
+    assert all("failed: KeyboardInterrupt now" in (output.error or "") for output in told if output.error)
+    assert _outputs(engine, requests) == wanted
+
+
+def _outputs(engine: Engine, requests: list[Request]) -> dict[int, tuple[int, ...]]:
+    for request in requests:
+        engine.add(request)
+    done: dict[int, tuple[int, ...]] = {}
+    while engine.unfinished:
+        done.update((output.request_id, output.token_ids) for output in engine.step() if output.finished)
+        engine.scheduler.check()
+    return done
 
 
 def test_a_second_one_breaks_off() -> None:

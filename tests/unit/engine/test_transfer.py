@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -228,9 +229,91 @@ def test_what_cannot_be_handed_over_is_refused(model: Transformer) -> None:
     exported = first.export_pages(7)
     with pytest.raises(ValueError, match=r"layout: pages are .* there and .* here"):
         other.import_pages(exported.prefilled, exported.layers())
+    changed = Engine(random_model(SPEC), config=CONFIG)
+    with torch.no_grad():
+        changed._model.embed.weight.mul_(1.01)
+    with pytest.raises(ValueError, match=r"weights: pages were computed with \w+, and this engine has \w+"):
+        changed.import_pages(exported.prefilled, exported.layers())
     first.release_pages(7)
     with pytest.raises(ValueError, match="request_id: 7 holds no pages"):
         first.release_pages(7)
     prefill(first, params)
     first.release_pages(7)
     first.scheduler.check()
+
+
+def test_pages_that_are_gone_are_not_read(model: Transformer) -> None:
+    """Others may have written to them since."""
+    engine = Engine(model, config=CONFIG)
+    for let_go in (lambda: engine.release_pages(7), lambda: engine.update_weights(1), lambda: engine.sleep()):
+        prefill(engine, SamplingParams(max_tokens=4))
+        layers = engine.export_pages(7).layers()
+        assert next(layers).layer == 0
+        let_go()
+        with pytest.raises(ValueError, match="those of request 7 are gone, with layer 1 and later ones unread"):
+            next(layers)
+
+
+class HungSource:
+    """Layers of which the second never comes, until it is let go."""
+
+    def __init__(self, layers: list[LayerPages]) -> None:
+        self.layers = layers
+        self.begun, self.let_go, self.over = threading.Event(), threading.Event(), threading.Event()
+
+    def __iter__(self) -> Iterator[LayerPages]:
+        yield self.layers[0]
+        self.begun.set()
+        self.let_go.wait(30)
+        try:
+            yield from self.layers[1:]
+        finally:
+            self.over.set()
+
+
+@pytest.mark.parametrize("end", ["cancelled", "deadline", "stalled", "weights", "closed"])
+def test_a_source_that_hangs_holds_nothing_up(
+    model: Transformer, end: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither other imports, nor the end of its request, nor who wants the memory; what comes late is not written."""
+    now = 0.0
+    first, second = Engine(model, config=CONFIG), Engine(model, config=CONFIG, clock=lambda: now)
+    params = SamplingParams(temperature=0.9, seed=1, max_tokens=6)
+    prefill(first, params)
+    exported = first.export_pages(7)
+    sources = [HungSource(list(exported.layers())) for _ in range(3)]
+    prefilled = replace(exported.prefilled, seconds_left=5.0 if end == "deadline" else None)
+    for number, source in enumerate(sources):
+        second.import_pages(prefilled, source, request_id=number)
+    second.import_pages(exported.prefilled, exported.layers(), request_id=9)
+    outputs: dict[int, RequestOutput] = {}
+    while 9 not in outputs:
+        outputs.update((output.request_id, output) for output in second.step() if output.finished)
+    wanted = whole(model, CONFIG, params)[0]
+    assert outputs[9].token_ids == wanted.token_ids and outputs.keys() == {9}
+    for source in sources:
+        assert source.begun.wait(10)
+    if end == "cancelled":
+        for number in range(3):
+            second.cancel(number)
+    elif end == "stalled":
+        monkeypatch.setattr("abyssal.engine.remote.STALLED_SECONDS", 0.0)
+    elif end == "weights":
+        second.update_weights(1)
+    elif end == "closed":
+        second.close()
+    now = 6.0
+    while second.unfinished:
+        outputs.update((output.request_id, output) for output in second.step() if output.finished)
+        second.scheduler.check()
+    for number, source in enumerate(sources):
+        assert not source.over.is_set()
+        reason = end if end in ("cancelled", "deadline") else "length"
+        assert outputs[number].finish_reason == reason
+        assert reason != "length" or outputs[number].token_ids == wanted.token_ids
+    before = second._cache.entries_PLSX.clone()
+    for source in sources:
+        source.let_go.set()
+        assert source.over.wait(10)
+    assert torch.equal(second._cache.entries_PLSX, before)
+    assert "did not arrive" in caplog.text
