@@ -1,7 +1,7 @@
 """Who watches requests: metrics, logs and traces, told by the front and never asked.
 
     watch = observer.begin(arrival)      the request's head is read, its key is known
-    watch.prepared(prepared, origin)     its prompt is made; not of a request that is refused before, nor of a routed one
+    watch.prepared(prepared, origin)     its prompt is made; unless it is refused before, or routed
     watch.event(event)                   something of the answer came; the first is the first token
     watch.end(outcome)                   once, whatever became of it
 
