@@ -379,6 +379,8 @@ class RequestOutput:
     """One a prompt token; None for the first, which nothing precedes."""
     error: str | None = None
     """Why the request was refused or failed."""
+    discarded_tokens: int = 0
+    """Output tokens of the completions that ``best_of`` left out."""
 
     @property
     def text(self) -> str:

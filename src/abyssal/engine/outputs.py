@@ -23,17 +23,17 @@ class GrowingOutput(RequestOutput):
 
     def __init__(self, completions: Sequence[LiveSequence]) -> None:
         request = completions[0].request
-        vars(self).update(_completions=completions, request_id=request.request_id, prompt_ids=request.prompt_ids)
+        vars(self).update(completions=completions, request_id=request.request_id, prompt_ids=request.prompt_ids)
 
     @cached_property
     def outputs(self) -> tuple[CompletionOutput, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return tuple(live.output() for live in self._completions)
+        return tuple(live.output() for live in self.completions)
 
     @cached_property
     def prompt_logprobs(  # pyright: ignore[reportIncompatibleVariableOverride]
         self,
     ) -> tuple[TokenLogprobs | None, ...] | None:
-        return _prompt_logprobs(self._completions)
+        return _prompt_logprobs(self.completions)
 
     @property
     def finished(self) -> bool:
@@ -43,7 +43,8 @@ class GrowingOutput(RequestOutput):
         """A record of its own, which no later step changes."""
         return RequestOutput(self.request_id, self.prompt_ids, self.outputs, prompt_logprobs=self.prompt_logprobs)
 
-    _completions: Sequence[LiveSequence]
+    completions: Sequence[LiveSequence]
+    """As the engine has them, for whoever tells of what is new alone."""
 
 
 def output_of(completions: Sequence[LiveSequence]) -> RequestOutput:
@@ -51,15 +52,17 @@ def output_of(completions: Sequence[LiveSequence]) -> RequestOutput:
     if any(live.finish_reason is None for live in completions):
         return GrowingOutput(completions)
     request = completions[0].request
-    best = completions
+    best, discarded = completions, []
     if request.params.best_of is not None:
-        best = sorted(completions, key=_mean_logprob, reverse=True)[: request.params.n]
+        ranked = sorted(completions, key=_mean_logprob, reverse=True)
+        best, discarded = ranked[: request.params.n], ranked[request.params.n :]
     return RequestOutput(
         request.request_id,
         request.prompt_ids,
         tuple(replace(live.output(), index=index) for index, live in enumerate(best)),
         prompt_logprobs=_prompt_logprobs(completions),
         error=next((live.error for live in completions if live.finish_reason == "error"), None),
+        discarded_tokens=sum(len(live.tokens) - live.num_prompt for live in discarded),
     )
 
 

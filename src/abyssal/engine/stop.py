@@ -99,6 +99,15 @@ class OutputText:
         """What is visible so far."""
         return "".join(self._visible)
 
+    @property
+    def num_pieces(self) -> int:
+        """In how many pieces the visible text came, for :meth:`since`."""
+        return len(self._visible)
+
+    def since(self, piece: int) -> str:
+        """What became visible after the first ``piece`` pieces."""
+        return "".join(self._visible[piece:])
+
     def push(self, tokens: Sequence[int]) -> str:
         """Newly visible text.  Nothing after the token that ends the output is looked at."""
         shown = [self._push(int(token)) for token in tokens]
