@@ -72,6 +72,10 @@ class EngineService:
         self._supervision = supervision
         self._state = State.STARTING
         self._statistics = Statistics()
+        self.restarts = 0
+        """How often the process was started again."""
+        self.expert_layers: tuple[int, ...] = ()
+        """Numbers of the layers with experts, once the model was loaded: the rows of ``statistics.expert_loads``."""
         self._served: ServedModel | None = None
         self._text: FolderText | None = None
         self._process: EngineProcess | None = None
@@ -224,6 +228,8 @@ class EngineService:
                 self._become(State.FAILED, problem)
                 self._fail_all(self._unavailable())
                 return
+            self.restarts += 1
+            self._statistics = Statistics()  # nothing runs now
             self._become(State.RESTARTING, problem)
             self._fail_all(self._unavailable())
             pause = self._pause(quick)
@@ -279,6 +285,7 @@ class EngineService:
                 self._statistics = report
             case Ready():
                 assert self._text is not None
+                self.expert_layers = report.expert_layers
                 self._served = self._text.served(self.name, report)
                 self._become(State.READY)
             case Recorded(trace):
