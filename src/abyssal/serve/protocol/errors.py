@@ -6,7 +6,11 @@ status   meaning
 400      no JSON object, or a prompt beyond the model's length
 401      no key, or an unknown one
 402      the balance is spent
-404      no such model
+404      no such model or path
+405      a method that the path does not have
+408      the request came too slowly
+413      the body is too large
+415      the body is not JSON by its header
 422      a parameter is unknown, not supported, or has a value that cannot be
 429      too many requests
 500      the server's own fault
@@ -45,13 +49,20 @@ class ApiError(Exception):
     """A refusal or a failure, with all that its body says."""
 
     def __init__(
-        self, status: int, message: str, type: str | None = None, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        type: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
     ) -> None:
         """
         Args:
             type: OpenAI's kind of error; by default of the status.
             param: the parameter at fault, such as ``messages[2].content``.
             code: for programs, such as ``context_length_exceeded``.
+            retry_after: whole seconds after which another try may succeed: the header Retry-After.
         """
         super().__init__(message)
         self.status = status
@@ -59,6 +70,7 @@ class ApiError(Exception):
         self.type = type or _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.param = param
         self.code = code
+        self.retry_after = retry_after
 
     def openai(self) -> dict[str, Any]:
         """The body in OpenAI's shape, which is DeepSeek's too."""

@@ -1,0 +1,114 @@
+"""uvicorn's connection, with the limits that it lacks: on the time and size of a request's head, and on connections.
+
+A client that sends its head byte by byte gets 408 and is cut off; uvicorn itself would wait forever.  What is no HTTP
+gets an error in OpenAI's shape, like everything else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from typing import Any
+from uuid import uuid4
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from abyssal.serve.http.dialect import OPENAI, encode
+from abyssal.serve.protocol.errors import ApiError
+
+CLOSE = "abyssal.close"
+"""Of a scope's ``extensions``: ``{"close": close}``, which ends the connection after what was written."""
+HEADER_SECONDS = 10.0
+HEADER_BYTES = 64 << 10
+_SPARE_FILES = 128
+"""File handles that connections leave to the rest of the process."""
+
+
+class Connection(HttpToolsProtocol):
+    """One client's."""
+
+    header_seconds = HEADER_SECONDS
+    header_bytes = HEADER_BYTES
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._timer: asyncio.TimerHandle | None = None
+        self._head_bytes = 0
+        """Of a head that is not complete."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > most_connections():
+            self._refuse(ApiError(503, "The server has as many connections as it can; try again later", retry_after=1))
+            return
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            self._head_bytes += len(data)
+            if self._timer is None:
+                self._start_timer()
+        super().data_received(data)
+        if self._head_bytes > self.header_bytes and not self.transport.is_closing():
+            self._refuse(ApiError(431, f"The request's head is larger than {self.header_bytes} bytes; shorten it"))
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        self._head_bytes = 0
+        self.scope["extensions"] = {CLOSE: {"close": self.transport.close}}  # type: ignore[typeddict-item]
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, msg, code="invalid_http"))
+
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(self.header_seconds, self._too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if self.transport.is_closing():
+            return
+        if self._head_bytes == 0:  # nothing was sent, so nothing is answered
+            self.transport.close()
+            return
+        self._refuse(ApiError(408, "The request's head came too slowly; send it again", code="request_timeout"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer outside of any request, and end the connection."""
+        if self.cycle is not None and not self.cycle.response_complete and self.cycle.response_started:
+            self.transport.close()  # amid another answer
+            return
+        raw = encode(OPENAI.error(error))
+        head = [
+            STATUS_LINE[error.status],
+            b"content-type: application/json\r\n",
+            b"content-length: %d\r\n" % len(raw),
+            b"connection: close\r\n",
+            b"x-request-id: %b\r\n" % new_request_id().encode(),
+            *([b"retry-after: %d\r\n" % error.retry_after] if error.retry_after is not None else []),
+            b"\r\n",
+        ]
+        self.transport.write(b"".join([*head, raw]))
+        self.transport.close()
+
+
+def new_request_id() -> str:
+    """Nobody else's."""
+    return f"req_{uuid4().hex}"
+
+
+def most_connections() -> int:
+    """As many as file handles allow."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(16, soft - _SPARE_FILES) if soft != resource.RLIM_INFINITY else 1 << 20

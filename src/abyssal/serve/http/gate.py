@@ -1,0 +1,57 @@
+"""How many requests are inside, and whether more may come in: what a full server, and one that ends, refuses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from abyssal.serve.protocol.errors import ApiError
+
+_RETRY_FULL = 1
+_RETRY_DRAINING = 5
+
+
+class Gate:
+    """Lets requests in until there are ``most``, or the server ends."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.running = 0
+        self.draining = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """A request, from its head to the last byte of its answer.
+
+        Raises:
+            ApiError: 503.
+        """
+        if self.draining:
+            raise draining()
+        if self.running >= self.most:
+            message = f"The server has {self.most} requests already; try again later"
+            raise ApiError(503, message, code="server_overloaded", retry_after=_RETRY_FULL)
+        self.running += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self.running -= 1
+            if self.running == 0:
+                self._empty.set()
+
+    def drain(self) -> None:
+        """Nobody comes in any more."""
+        self.draining = True
+
+    async def empty(self) -> None:
+        """Wait until nobody is inside."""
+        await self._empty.wait()
+
+
+def draining() -> ApiError:
+    """To who comes while the server ends."""
+    return ApiError(503, "The server is ending", code="server_draining", retry_after=_RETRY_DRAINING)
