@@ -5,12 +5,14 @@
 // it will be: an open fence is code to the end, an open `**` is two stars until its partner comes.
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`]*)$/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
+const HEADING = /^ {0,3}(#{1,6})[ \t]+(\S.*)$/;
 const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:\s+(.*)|)$/;
 const QUOTE = /^ {0,3}> ?(.*)$/;
 const DIVIDER = /^ *\|?(?: *:?-+:? *\|)+(?: *:?-+:? *)?\|? *$/;
 const DEEPEST = 12; // lists in lists and quotes in quotes beyond this are text
+const FARTHEST = 4000; // characters between a mark and its partner
+const MOST_TRIES = 64; // for a partner
 
 /** Blocks of `text`, in order. */
 export function parse(text, depth = 0) {
@@ -31,7 +33,7 @@ function block(lines, at, blocks, depth) {
   if (fence) return code(lines, at, fence, blocks);
   const heading = HEADING.exec(line);
   if (heading) {
-    blocks.push({ kind: "heading", level: heading[1].length, inline: inline(heading[2]) });
+    blocks.push({ kind: "heading", level: heading[1].length, inline: inline(withoutMarks(heading[2].trimEnd())) });
     return at + 1;
   }
   if (RULE.test(line)) {
@@ -40,8 +42,15 @@ function block(lines, at, blocks, depth) {
   }
   if (depth < DEEPEST && QUOTE.test(line)) return quote(lines, at, blocks, depth);
   if (depth < DEEPEST && ITEM.test(line)) return list(lines, at, blocks, depth);
-  if (line.includes("|") && at + 1 < lines.length && DIVIDER.test(lines[at + 1])) return table(lines, at, blocks);
+  if (line.includes("|") && (lines[at + 1] ?? "").length < FARTHEST && DIVIDER.test(lines[at + 1] ?? "")) return table(lines, at, blocks);
   return paragraph(lines, at, blocks, depth);
+}
+
+// `## Title ##` is the same as `## Title`.
+function withoutMarks(title) {
+  let end = title.length;
+  while (title[end - 1] === "#") end--;
+  return end < title.length && /[ \t]/.test(title[end - 1] ?? " ") ? title.slice(0, end).trimEnd() : title;
 }
 
 function code(lines, at, [, marks, language], blocks) {
@@ -163,7 +172,8 @@ function special(text, at, depth) {
 
 function codeSpan(text, at) {
   const marks = /^`+/.exec(text.slice(at))[0];
-  for (let end = at + marks.length; (end = text.indexOf(marks, end)) >= 0; ) {
+  let tries = 0;
+  for (let end = at + marks.length; (end = text.indexOf(marks, end)) >= 0 && end - at < FARTHEST && tries < MOST_TRIES; tries++) {
     const length = /^`+/.exec(text.slice(end))[0].length;
     if (length === marks.length) {
       const held = text.slice(at + marks.length, end).replaceAll("\n", " ");
@@ -192,7 +202,8 @@ function emphasis(text, at, depth) {
 
 // Where the partner of an opening mark is: after a character that is no space, and not part of a longer mark.
 function closing(text, begin, mark) {
-  for (let end = begin + 1; (end = text.indexOf(mark, end)) >= 0 && end - begin < 4000; end++) {
+  let tries = 0;
+  for (let end = begin + 1; (end = text.indexOf(mark, end)) >= 0 && end - begin < FARTHEST && tries < MOST_TRIES; end++, tries++) {
     const after = text[end + mark.length] ?? "";
     if (/\s/.test(text[end - 1]) || (mark.length === 1 && (after === mark || text[end - 1] === mark))) continue;
     if (mark[0] === "_" && /\w/.test(after)) continue;
