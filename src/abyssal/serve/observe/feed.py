@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from abyssal.serve.observe.board import Board
@@ -40,7 +40,7 @@ class BoardFeed:
             self.close()
 
     def close(self) -> None:
-        """End every stream, and let none begin: the server drains, and a board is no work to wait for."""
+        """End every stream; one that begins later has the snapshot alone."""
         self._closed = True
         self._wake()
 
@@ -48,12 +48,16 @@ class BoardFeed:
         waiting, self._next = self._next, asyncio.Event()
         waiting.set()
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        """Server-sent events: ``snapshot`` with all there is, then ``sample`` after ``sample``."""
+    async def events(self, ending: Callable[[], bool] = lambda: False) -> AsyncGenerator[bytes, None]:
+        """Server-sent events: ``snapshot`` with all there is, then ``sample`` after ``sample``.
+
+        Args:
+            ending: whether the server is about to end; looked at with each sample.
+        """
         self.listeners += 1
         try:
             yield _event("snapshot", self._board.snapshot())
-            while not self._closed:
+            while not (self._closed or ending()):
                 await self._next.wait()
                 if not self._closed:
                     yield self._message

@@ -19,7 +19,7 @@ from abyssal.serve.observe.board import Board
 from abyssal.serve.observe.feed import BoardFeed
 from abyssal.serve.observe.figures import Figures
 from abyssal.serve.observe.metrics import Metrics
-from abyssal.serve.observe.routes import Check, Recorder, anybody, observe_router
+from abyssal.serve.observe.routes import Check, Recorder, keyed, observe_router
 from abyssal.serve.observe.totals import EngineTotals
 from abyssal.serve.observe.tracing import Tracing
 from abyssal.serve.observe.watch import Decode, RequestObserver
@@ -51,7 +51,7 @@ class Observability:
         self.board = Board(model, service, totals, figures, currency)
         self.feed = BoardFeed(self.board)
 
-    def router(self, operator: Check = anybody, scraper: Check = anybody, record: Recorder | None = None) -> APIRouter:
+    def router(self, operator: Check = keyed, scraper: Check = keyed, record: Recorder | None = None) -> APIRouter:
         """``/metrics``, ``/board``, ``/board/events`` and, with ``record``, ``/debug/trace``."""
         return observe_router(self.metrics, self.board, self.feed, operator, scraper, record)
 

@@ -6,43 +6,46 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import httpx
 import pytest
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 
+from abyssal.serve.accounts.desk import Desk
+from abyssal.serve.accounts.store import Store
+from abyssal.serve.app import create_app
+from abyssal.serve.http.settings import HttpSettings
 from abyssal.serve.observe import feed as feeds
 from abyssal.serve.observe.observability import Observability
-from abyssal.serve.observe.routes import MOST_STEPS
-from abyssal.serve.protocol.errors import ApiError
+from abyssal.serve.observe.routes import MOST_STEPS, anybody
+from tests.support.scripted_service import ScriptedService
+from tests.support.serving import MODEL, served
 from tests.support.watched import StandIn
-
-
-async def with_key(request: Request) -> None:
-    if request.headers.get("authorization") != "Bearer right":
-        raise ApiError(401, "No API key was sent.")
 
 
 async def trace(steps: int, seconds: float) -> bytes:
     return json.dumps({"traceEvents": [], "steps": steps, "seconds": seconds}).encode()
 
 
-def app_of(seen: Observability, **options: object) -> FastAPI:
-    app = FastAPI()
-    app.include_router(seen.router(**options))  # pyright: ignore[reportArgumentType]
-
-    @app.exception_handler(ApiError)
-    async def refuse(request: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.openai(), error.status)
-
-    return app
+def app_of(seen: Observability, desk: Desk | None = None, **options: object) -> FastAPI:
+    router = seen.router(**options)  # pyright: ignore[reportArgumentType]
+    service = ScriptedService()
+    return create_app(HttpSettings(MODEL), service, served, desk, observer=seen.observer, routers=[router])
 
 
 @asynccontextmanager
 async def client(app: FastAPI) -> AsyncGenerator[httpx.AsyncClient, None]:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as made:
         yield made
+
+
+def post(app: FastAPI, path: str, body: object = None) -> httpx.Response:
+    async def ask() -> httpx.Response:
+        async with client(app) as asking:
+            return await asking.post(path, json=body)
+
+    return asyncio.run(ask())
 
 
 def get(app: FastAPI, path: str, **headers: str) -> httpx.Response:
@@ -67,27 +70,48 @@ def test_the_board_is_told_as_json() -> None:
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/board", "/board/events"])
-def test_where_there_are_keys_one_is_wanted(path: str) -> None:
+def test_where_there_are_keys_one_is_wanted(path: str, tmp_path: Path) -> None:
     seen = Observability("tiny", StandIn())
     seen.feed.close()  # a stream then ends with its snapshot
-    app = app_of(seen, operator=with_key, scraper=with_key)
-    assert get(app, path).status_code == 401
-    assert get(app, path, authorization="Bearer right").status_code == 200
+    with Store(tmp_path / "accounts.sqlite") as store:
+        desk = Desk(store)
+        secret = desk.keys.create("ada")
+        app = app_of(seen, desk)
+        refused = get(app, path)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+        assert get(app, path, authorization=f"Bearer {secret}").status_code == 200
+        assert get(app_of(seen, desk, operator=anybody, scraper=anybody), path).status_code == 200
+        desk.close()
+
+
+@pytest.mark.parametrize("query", ["steps=0", "steps=2.5", f"steps={MOST_STEPS + 1}", "seconds=nan", "seconds=x"])
+def test_a_traces_size_is_checked(query: str) -> None:
+    app = app_of(Observability("tiny", StandIn()), record=trace)
+    answer = post(app, f"/debug/trace?{query}")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (422, query.partition("=")[0])
+
+
+def test_requests_are_counted_whatever_becomes_of_them() -> None:
+    seen = Observability(MODEL, StandIn())
+    app = app_of(seen)
+    chat = "/v1/chat/completions"
+    good = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    assert post(app, chat, good).status_code == 200
+    assert post(app, chat, {**good, "stream": True}).status_code == 200
+    assert post(app, chat, {**good, "temperature": 9}).status_code == 422
+    text = get(app, "/metrics").text
+    assert f'vllm:request_success_total{{finished_reason="stop",model_name="{MODEL}"}} 2.0' in text
+    assert f'vllm:time_to_first_token_seconds_count{{model_name="{MODEL}"}} 2.0' in text
+    assert f'abyssal:http_responses_total{{path="{chat}",status="200"}} 2.0' in text
+    assert f'abyssal:http_responses_total{{path="{chat}",status="422"}} 1.0' in text
 
 
 def test_traces_are_recorded_where_the_server_does_so() -> None:
     seen = Observability("tiny", StandIn())
-
-    async def ask(app: FastAPI, query: str) -> httpx.Response:
-        async with client(app) as asking:
-            return await asking.post(f"/debug/trace{query}")
-
-    app = app_of(seen, record=trace)
-    answer = asyncio.run(ask(app, "?steps=7&seconds=2"))
+    answer = post(app_of(seen, record=trace), "/debug/trace?steps=7&seconds=2")
     assert answer.json() == {"traceEvents": [], "steps": 7, "seconds": 2.0}
     assert "abyssal-trace.json" in answer.headers["content-disposition"]
-    assert asyncio.run(ask(app, f"?steps={MOST_STEPS + 1}")).status_code == 422
-    assert asyncio.run(ask(app_of(seen), "")).status_code == 404
+    assert post(app_of(seen), "/debug/trace").status_code == 404
 
 
 def parsed(piece: bytes) -> tuple[str, dict[str, object]]:
@@ -112,6 +136,21 @@ def test_the_stream_begins_with_all_and_goes_on_with_samples() -> None:
         # The server ends, and nobody who looks holds it up.
         assert [piece async for piece in stream] == []
         assert seen.feed.listeners == 0
+
+    asyncio.run(listen())
+
+
+def test_a_server_that_drains_lets_the_board_go() -> None:
+    async def listen() -> None:
+        seen, draining = Observability("tiny", StandIn()), False
+        seen.feed._interval = 0.01
+        async with seen.running():
+            stream = seen.feed.events(lambda: draining)
+            await anext(stream)
+            await asyncio.wait_for(anext(stream), 5)
+            draining = True
+            left = [piece async for piece in stream]
+            assert len(left) <= 1
 
     asyncio.run(listen())
 
