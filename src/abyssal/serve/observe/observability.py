@@ -10,7 +10,8 @@ async with seen.running():  # in the app's lifespan
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 
 from fastapi import APIRouter
@@ -34,6 +35,8 @@ class Observability:
         currency: of prices; None where every price is 0.
         tracing: None for no OpenTelemetry.
         decode: of a prompt's tokens, where texts are to be logged; None keeps them out of the log.
+        clock: seconds since the epoch.
+        ticks: seconds that never run backwards.
     """
 
     def __init__(
@@ -43,12 +46,14 @@ class Observability:
         currency: str | None = None,
         tracing: Tracing | None = None,
         decode: Decode | None = None,
+        clock: Callable[[], float] = time.time,
+        ticks: Callable[[], float] = time.monotonic,
     ) -> None:
-        figures, totals = Figures(), EngineTotals()
+        figures, totals = Figures(ticks), EngineTotals()
         self._tracing = tracing
-        self.observer = RequestObserver(figures, tracing, decode)
+        self.observer = RequestObserver(figures, tracing, decode, ticks)
         self.metrics = Metrics(model, service, totals, figures, currency)
-        self.board = Board(model, service, totals, figures, currency)
+        self.board = Board(model, service, totals, figures, currency, clock, ticks)
         self.feed = BoardFeed(self.board)
 
     def router(self, operator: Check = keyed, scraper: Check = keyed, record: Recorder | None = None) -> APIRouter:
