@@ -21,6 +21,7 @@ VERBS: dict[str, str] = {
     "generate": "let a model write",
     "chat": "talk to a model",
     "cache": "what the context cache on disk holds, and forgetting it",
+    "serve": "answer the OpenAI, DeepSeek and Anthropic APIs with a model",
     "keys": "who may use a server, and for how much",
     "quickstart": "train a tiny model on this machine, look at it, let it write",
 }

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from abyssal.engine.limits import SchedulerConfig
 from abyssal.engine.messages import SamplingParams, StructuredOutput
 
 if TYPE_CHECKING:
@@ -136,21 +137,32 @@ class EngineOptions:
         from abyssal.engine.config import EngineConfig
         from abyssal.engine.llm import LLM
 
+        fields = self.fields()
+        dtype = fields.pop("dtype", None)
+        return LLM(model, None if dtype is None else getattr(torch, dtype), EngineConfig(**fields), tokenizer)
+
+    def fields(self) -> dict[str, Any]:
+        """Fields of :class:`~abyssal.engine.config.EngineConfig`, and ``dtype`` where it is not the checkpoint's: what
+        an engine in another process is told.  Without torch.
+
+        Raises:
+            ValueError: options that contradict each other.
+        """
         if not self.disk_cache and (self.disk_cache_folder is not None or self.disk_cache_bytes is not None):
             raise ValueError("--no-disk-cache and a folder or a size for it contradict each other; give one")
-        config = EngineConfig(
-            cache_tokens=self.cache_tokens,
-            token_budget=max(EngineConfig.token_budget, self.max_sequences),  # a token a step for each
-            max_sequences=self.max_sequences,
-            deterministic=self.deterministic,
-            num_drafts=self.num_drafts,
-            page_dtype=self.page_dtype,
-            disk_cache=self.disk_cache,
-            disk_cache_folder=None if self.disk_cache_folder is None else str(self.disk_cache_folder),
-            disk_cache_bytes=self.disk_cache_bytes,
-        )
-        dtype = None if self.dtype == "checkpoint" else getattr(torch, self.dtype)
-        return LLM(model, dtype, config, tokenizer)
+        folder = self.disk_cache_folder
+        fields: dict[str, Any] = {
+            "cache_tokens": self.cache_tokens,
+            "token_budget": max(SchedulerConfig.token_budget, self.max_sequences),  # a token a step for each
+            "max_sequences": self.max_sequences,
+            "deterministic": self.deterministic,
+            "num_drafts": self.num_drafts,
+            "page_dtype": self.page_dtype,
+            "disk_cache": self.disk_cache,
+            "disk_cache_folder": None if folder is None else str(folder),
+            "disk_cache_bytes": self.disk_cache_bytes,
+        }
+        return fields if self.dtype == "checkpoint" else {**fields, "dtype": self.dtype}
 
 
 def _json(path: Path) -> Any:

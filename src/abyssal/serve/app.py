@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from abyssal.serve.accounts.desk import Desk
+from abyssal.serve.accounts.prices import PriceTable
 from abyssal.serve.http.apis import APIS
 from abyssal.serve.http.dialect import dialect_of, encode
 from abyssal.serve.http.envelope import Envelope
@@ -24,7 +26,7 @@ from abyssal.serve.http.output import error_headers
 from abyssal.serve.http.routes import answers, lookups, texts
 from abyssal.serve.http.settings import HttpSettings
 from abyssal.serve.observer import Observer, Observers
-from abyssal.serve.protocol.errors import ApiError
+from abyssal.serve.protocol.errors import ApiError, bad_parameter
 from abyssal.serve.protocol.served import ServedModel
 from abyssal.serve.routing import NO_ROUTES, Routes
 from abyssal.serve.service import Service
@@ -38,6 +40,7 @@ def create_app(
     routes: Routes = NO_ROUTES,
     observer: Observer | None = None,
     routers: Sequence[APIRouter] = (),
+    prices: PriceTable | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -46,8 +49,9 @@ def create_app(
         desk: of the accounts; None: anybody may ask, and nothing is charged.
         observer: told of every request for an answer.
         routers: mounted beside the API: metrics, the page.
+        prices: on an open server, where nobody pays: what answers would cost, for ``observer``.
     """
-    front = Front(settings, service, served, desk, routes, observer or Observers())
+    front = Front(settings, service, served, desk, routes, observer or Observers(), prices)
     app = FastAPI(title="abyssal", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.front = front
     for api in APIS:
@@ -58,6 +62,7 @@ def create_app(
         app.include_router(router)
     app.add_exception_handler(ApiError, _failed)
     app.add_exception_handler(HTTPException, _failed)
+    app.add_exception_handler(RequestValidationError, _failed)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -78,20 +83,25 @@ def front_of(app: FastAPI) -> Front:
 
 async def _failed(request: Request, error: Exception) -> Response:
     """An error of a route, or a path or method that there is not."""
-    if isinstance(error, HTTPException):
-        headers = dict(error.headers or {})
-        error = _of_http(request, error)
-    else:
-        assert isinstance(error, ApiError)
-        headers = {}
-    body = encode(dialect_of(request.url.path).error(error))
-    return Response(body, error.status, {**error_headers(error), **headers}, "application/json")
+    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    told = _told(request, error)
+    body = encode(dialect_of(request.url.path).error(told))
+    return Response(body, told.status, {**error_headers(told), **headers}, "application/json")
 
 
-def _of_http(request: Request, error: HTTPException) -> ApiError:
-    if error.status_code == 404:
-        return ApiError(404, f"There is nothing at {request.url.path[:100]!r}", code="not_found")
-    if error.status_code == 405:
-        message = f"{request.method} is not for {request.url.path[:100]!r}; see the header Allow"
-        return ApiError(405, message, code="method_not_allowed")
-    return ApiError(error.status_code, str(error.detail))
+def _told(request: Request, error: Exception) -> ApiError:
+    path = request.url.path[:100]
+    match error:
+        case ApiError():
+            return error
+        case RequestValidationError():  # of a router that lets FastAPI read its parameters
+            first = error.errors()[0]
+            return bad_parameter(str(first["loc"][-1]), str(first["msg"]))
+        case HTTPException(status_code=404):
+            return ApiError(404, f"There is nothing at {path!r}", code="not_found")
+        case HTTPException(status_code=405):
+            message = f"{request.method} is not for {path!r}; see the header Allow"
+            return ApiError(405, message, code="method_not_allowed")
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail))
+    raise error

@@ -7,8 +7,8 @@ they: a request that ends meanwhile waits for its reservation before it is settl
 from __future__ import annotations
 
 import asyncio
+import time
 from functools import partial
-from typing import TYPE_CHECKING
 
 from abyssal.serve.accounts.desk import Ticket
 from abyssal.serve.accounts.keys import Account
@@ -18,9 +18,6 @@ from abyssal.serve.events import Usage
 from abyssal.serve.http.front import Front, log, of_refusal
 from abyssal.serve.http.work import Work
 from abyssal.serve.protocol.errors import unknown_model
-
-if TYPE_CHECKING:
-    from abyssal.serve.accounts.prices import Price
 
 
 class Bill:
@@ -59,7 +56,7 @@ class Bill:
         self._work = work
         if self._ticket is None or work.most is None:
             return
-        if self._price(work.model) is None:
+        if self._front.price(work.model) is None:
             raise unknown_model(work.model, [self._front.settings.model])
         reserve = partial(
             self._ticket.reserve, self._request_id, work.model, work.most.prompt_tokens, work.most.most_output_tokens
@@ -79,36 +76,34 @@ class Bill:
     async def _settle(self) -> None:
         if self._reserving is not None:
             await asyncio.wait([self._reserving])
-        self.usage = None if self._work is None else self._work.usage
+        work = self._work
+        if work is not None and work.usage is not None:
+            self._count(work.model, work.usage)
         if self._ticket is None:
             return
         if self._reserving is None:  # nothing is in the file
             self._ticket.close()
             return
         try:
-            await self._front.threads.desk(self._charge)
+            await self._front.threads.desk(partial(self._charge, self._ticket))
         except Exception as error:  # the answer is out; the log has what the file has not
             log.error("%s was not charged for %s (%s)", self._request_id, self.usage, type(error).__name__)
 
-    def _charge(self) -> None:
-        """In a thread."""
-        assert self._ticket is not None and self._work is not None and self._front.desk is not None
-        try:
-            refused = self._reserving is not None and self._reserving.exception() is not None
-            if self.usage is not None and not refused:
-                receipt = self._ticket.charge(_charged(self._request_id, self._work.model, self.usage))
-                self.cost = -receipt.amount
-                price = self._front.desk.prices.price(self._work.model)
-                self.saved = price.saved(self.usage.cached_tokens, self._front.desk.clock())
-        finally:
-            self._ticket.close()
+    def _count(self, model: str, usage: Usage) -> None:
+        self.usage = usage
+        if (price := self._front.price(model)) is not None:
+            now = time.time() if self._front.desk is None else self._front.desk.clock()
+            self.cost = price.cost(usage.cached_tokens, usage.missed_tokens, usage.completion_tokens, now)
+            self.saved = price.saved(usage.cached_tokens, now)
 
-    def _price(self, model: str) -> Price | None:
-        assert self._front.desk is not None
+    def _charge(self, ticket: Ticket) -> None:
+        """In a thread."""
+        assert self._reserving is not None and self._work is not None
         try:
-            return self._front.desk.prices.price(model)
-        except ValueError:
-            return None
+            if self.usage is not None and self._reserving.exception() is None:
+                self.cost = -ticket.charge(_charged(self._request_id, self._work.model, self.usage)).amount
+        finally:
+            ticket.close()
 
 
 def _charged(request_id: str, model: str, usage: Usage) -> Charged:

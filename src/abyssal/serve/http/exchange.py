@@ -23,6 +23,7 @@ from abyssal.serve.http.bill import Bill
 from abyssal.serve.http.body import ClientGone, parse
 from abyssal.serve.http.dialect import Dialect
 from abyssal.serve.http.front import Front, own_fault
+from abyssal.serve.http.gate import draining
 from abyssal.serve.http.mailbox import Mailbox
 from abyssal.serve.http.output import Output
 from abyssal.serve.http.work import Work
@@ -73,6 +74,7 @@ class _Run:
         self._bill: Bill | None = None
         self._gone = False
         self._error = ""
+        self._cut: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def to_its_end(self, endpoint: str) -> None:
         """Whatever happens."""
@@ -98,7 +100,7 @@ class _Run:
         try:
             if refused is not None:
                 raise refused
-            with self._front.gate.inside():
+            with self._front.gate.inside(self.cut_off):
                 self._bill = Bill(self._front, account, self._request_id)
                 try:
                     self._work = await self._read()
@@ -125,18 +127,26 @@ class _Run:
             make = self._make
             return await self._until_gone(self._front.threads.prepare(len(raw), lambda: make(parse(raw))))
 
+    def cut_off(self) -> None:
+        """The server ends now."""
+        if not self._cut.done():
+            self._cut.set_result(None)
+
     async def _until_gone(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Do it, unless the client leaves first.
+        """Do it, unless the client leaves first, or the server ends.
 
         Raises:
             ClientGone: it has.
+            ApiError: 503, it does.
         """
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(self._left())
         try:
-            await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((task, gone, self._cut), return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
+            if self._cut.done():
+                raise draining()
             raise ClientGone
         finally:
             gone.cancel()

@@ -11,6 +11,7 @@ from typing import Any
 
 from abyssal.serve.accounts.desk import Desk
 from abyssal.serve.accounts.keys import Account
+from abyssal.serve.accounts.prices import Price, PriceTable
 from abyssal.serve.accounts.refusal import Refusal
 from abyssal.serve.http.body import Bodies
 from abyssal.serve.http.gate import Gate
@@ -33,6 +34,7 @@ class Front:
     Args:
         served: the model that runs here; called once the service is ready.
         desk: of the accounts; None: anybody may ask.
+        prices: on an open server, where nobody pays: what answers would cost, for metrics.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class Front:
         desk: Desk | None,
         routes: Routes,
         observer: Observer,
+        prices: PriceTable | None = None,
     ) -> None:
         self.settings = settings
         self.service = service
         self.desk = desk
+        self.prices = prices if desk is None else desk.prices
         self.routes = routes
         self.observer = observer
         self.gate = Gate(settings.most_requests)
@@ -82,6 +86,15 @@ class Front:
             return self.desk.authenticate(headers.get("authorization"), headers.get("x-api-key"))
         except Refusal as refusal:
             raise of_refusal(refusal) from None
+
+    def price(self, model: str) -> Price | None:
+        """Of a model; None where the table has none, or there is no table."""
+        if self.prices is None:
+            return None
+        try:
+            return self.prices.price(model)
+        except ValueError:
+            return None
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A task that goes on when who began it is cancelled; :meth:`close` waits for it."""

@@ -134,7 +134,7 @@ class RoutedWork:
         async with aclosing(self._provider.run(self._routed, origin)) as pieces:
             async for piece in pieces:
                 if piece.usage is not None:
-                    self.usage = piece.usage
+                    self.usage = piece.usage if piece.usage != Usage() else None
                 if piece.body is None:
                     continue
                 watch.event(EngineEvent())
