@@ -19,6 +19,7 @@ from torch import Tensor
 from abyssal.cache.paged import PagedBatch, PagedCache, PagedTokens
 from abyssal.engine.gain import DraftStatistics
 from abyssal.engine.live import LiveSequence
+from abyssal.engine.loads import ExpertLoads
 from abyssal.engine.messages import Chunk, Sampled, StepPlan
 from abyssal.engine.moving import PageMover
 from abyssal.engine.sampler import as_rows
@@ -78,6 +79,7 @@ class ModelRunner:
         self._mixtures = [block for block in model.blocks() if block.placement is not None]
         self._placements: list[Placement | None] = []
         self._dispatcher = model.local_dispatcher()
+        self.loads = ExpertLoads(model)
         self.weights_version = 0
         """Of the model's weights, as the engine's owner counts them."""
         self._drafted, self._accepted = [0] * num_drafts, [0] * num_drafts  # by position
@@ -95,6 +97,7 @@ class ModelRunner:
         parts = [PagedTokens(c.start, c.num_tokens, c.pages, c.path == "decode") for c in plan.chunks]
         step = self._model.step(PagedBatch(self._cache, parts), self._local_dispatcher())
         hidden_TD = self._model.hidden(tokens_T, step)
+        self.loads.note(step.routings)
         experts_TLK = self._experts(plan, step.routings)
         wanted, rows = _wanted_rows(plan)
         wanted_RD = hidden_TD

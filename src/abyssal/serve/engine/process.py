@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -29,6 +28,10 @@ from abyssal.engine.wire import Command, Report, Stop
 
 LAST_LINES = 20
 """Lines of its log that are kept to explain its end."""
+LOG_SECONDS = 0.5
+"""After its end, for the rest of its log to be read."""
+DRAIN_MILLISECONDS = 20
+"""After its end, for each report that may still come."""
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 logger = logging.getLogger("abyssal.engine")
@@ -61,6 +64,9 @@ class EngineProcess:
 
         Args:
             options: fields of ``EngineConfig``, and ``dtype``.
+
+        Raises:
+            OSError: the system has no room for it, or allows no socket in the folder for temporary files.
         """
         own = Path(tempfile.mkdtemp(prefix="abyssal-engine-"))  # mode 0700
         context = zmq.asyncio.Context()
@@ -80,9 +86,11 @@ class EngineProcess:
                 stderr=asyncio.subprocess.STDOUT,
                 process_group=0,
             )
-        except BaseException:
+        except BaseException as error:
             context.destroy(0)
             shutil.rmtree(own, ignore_errors=True)
+            if isinstance(error, zmq.ZMQError):
+                raise OSError(f"{own}: {error}") from error
             raise
         return cls(process, socket, context, own)
 
@@ -102,16 +110,22 @@ class EngineProcess:
     async def listen(self, handle: Callable[[Report], None]) -> int:
         """Hand every report to ``handle``, which must not raise, until the process has ended; its exit status, or minus
         the signal that ended it.  Afterwards nothing of it is left."""
-        tasks = [asyncio.create_task(self._read_reports(handle)), asyncio.create_task(self._read_log())]
+        reports = asyncio.create_task(self._read_reports(handle), name="engine-reports")
+        log = asyncio.create_task(self._read_log(), name="engine-log")
+        ended = asyncio.create_task(self._process.wait(), name="engine-process")
         try:
-            status = await self._process.wait()
-            tasks[0].cancel()
-            await asyncio.wait(tasks[:1])
+            await asyncio.wait((ended, reports), return_when=asyncio.FIRST_COMPLETED)
+            if reports.done():
+                logger.error("a report of the engine cannot be read; it is killed", exc_info=reports.exception())
+                self.kill()
+            status = await ended
+            reports.cancel()
+            await asyncio.wait((reports,))
             await self._drain(handle)
-            await asyncio.wait(tasks[1:], timeout=1.0)
+            await asyncio.wait((log,), timeout=LOG_SECONDS)
             return status
         finally:
-            for task in tasks:
+            for task in (reports, log, ended):
                 task.cancel()
             self.kill()
             self._context.destroy(0)
@@ -123,7 +137,7 @@ class EngineProcess:
 
     async def _drain(self, handle: Callable[[Report], None]) -> None:
         """What it said before it ended."""
-        while await self._socket.poll(20):
+        while await self._socket.poll(DRAIN_MILLISECONDS):
             self._hand(await self._socket.recv(), handle)
 
     def _hand(self, message: bytes, handle: Callable[[Report], None]) -> None:
@@ -149,28 +163,24 @@ class EngineProcess:
         else:  # of a traceback, or a library's
             logger.warning("%s", line)
 
-    async def stop(self, seconds: float) -> None:
-        """Ask it to write what is to be kept and to end; make it after so many seconds.  :meth:`listen` is to run
-        meanwhile."""
-        if self._process.returncode is not None:
-            return
-        self.send(Stop())
-        if not await self._ended_within(seconds):
-            logger.warning("the engine's process did not end within %.0f s; it is killed", seconds)
+    async def stop(self, seconds: float, loaded: bool) -> None:
+        """Ask it to write what is to be kept and to end; end it after so many seconds.  :meth:`listen` is to run
+        meanwhile.
+
+        Args:
+            loaded: whether it has said ``Ready``; before, it reads no commands and there is nothing to keep.
+        """
+        if loaded:
+            self.send(Stop())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), seconds)
+        if self._process.returncode is None:
+            if loaded:
+                logger.warning("the engine's process did not end within %.0f s; it is killed", seconds)
             self.kill()
             await self._process.wait()
-
-    def terminate(self) -> None:
-        """As ``Stop`` does, for one that does not listen yet."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """End it at once."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
-
-    async def _ended_within(self, seconds: float) -> bool:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._process.wait(), seconds)
-        return self._process.returncode is not None

@@ -31,6 +31,10 @@ from abyssal.serve.protocol.errors import ApiError, of_value_error
 from abyssal.serve.protocol.served import ServedModel
 from abyssal.serve.service import Origin, State
 
+MOST_STEPS = 10_000
+"""Of a trace."""
+MOST_SECONDS = 300.0
+
 logger = logging.getLogger(__name__)
 
 
@@ -191,8 +195,11 @@ class EngineService:
         """A trace of the engine's next steps, in Chrome's JSON format: so many, or those of so many seconds.
 
         Raises:
-            ApiError: 429 another is being recorded, 503 there is no engine, or it ended meanwhile.
+            ApiError: 422 too many of them, 429 another is being recorded, 503 there is no engine, or it ended
+                meanwhile.
         """
+        if not (1 <= steps <= MOST_STEPS and 0 < seconds <= MOST_SECONDS):
+            raise ApiError(422, f"A trace has 1 to {MOST_STEPS} steps, of at most {MOST_SECONDS:g} seconds")
         if self._recording is not None:
             raise ApiError(429, "A trace is being recorded already; try again when it is done")
         if self._state is not State.READY or self._process is None:
@@ -206,7 +213,7 @@ class EngineService:
         self._stopping = True
         self._fail_all(ApiError(503, "The server is stopping; try again later"))
         if self._process is not None:
-            await self._process.stop(self._supervision.stop)
+            await self._process.stop(self._supervision.stop, loaded=self._state is State.READY)
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
@@ -218,23 +225,23 @@ class EngineService:
         quick = 0
         while not self._stopping:
             started = time.monotonic()
-            was_ready = self._state is not State.STARTING
             problem = await self._live_once()
             if self._stopping:
                 return
             quick = quick + 1 if time.monotonic() - started < self._supervision.quick else 0
-            if (not was_ready and self._state is State.STARTING) or quick >= self._supervision.most_quick:
+            if self._state is State.STARTING or quick >= self._supervision.most_quick:
                 logger.error("the engine is given up: %s", problem)
-                self._become(State.FAILED, problem)
-                self._fail_all(self._unavailable())
+                self._die(State.FAILED, problem)
                 return
-            self.restarts += 1
-            self._statistics = Statistics()  # nothing runs now
-            self._become(State.RESTARTING, problem)
-            self._fail_all(self._unavailable())
+            self._die(State.RESTARTING, problem)
             pause = self._pause(quick)
             logger.error("%s; it is started again in %.1f s", problem, pause)
             await asyncio.sleep(pause)
+
+    def _die(self, state: State, problem: str) -> None:
+        self._statistics = Statistics()
+        self._become(state, problem)
+        self._fail_all(self._unavailable())
 
     def _pause(self, quick: int) -> float:
         if quick < 2:
@@ -252,7 +259,10 @@ class EngineService:
             else:
                 self._handle(report)
 
-        self._process = process = await EngineProcess.spawn(self.folder, self._options)
+        try:
+            self._process = process = await EngineProcess.spawn(self.folder, self._options)
+        except OSError as error:
+            return f"the engine's process cannot be started: {error}"
         watchdog = asyncio.create_task(self._watch(process), name="engine-watchdog")
         try:
             status = await process.listen(handle)

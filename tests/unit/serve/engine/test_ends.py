@@ -1,0 +1,162 @@
+"""Engines' processes that die, hang, cannot start, or whose front dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from abyssal.engine.messages import SamplingParams
+from abyssal.serve.engine.service import EngineService, Supervision
+from abyssal.serve.protocol.errors import ApiError
+from abyssal.serve.service import State
+from tests.support.engine_service import RunningService, collect, prepared, until
+from tests.support.trained_model import TrainedModel
+
+PARAMS = SamplingParams(temperature=0.8, seed=7, max_tokens=24, ignore_eos=True)
+ENDLESS = replace(PARAMS, max_tokens=900)
+
+
+@pytest.fixture(scope="module")
+def running(trained_model: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    """May be killed: it comes back."""
+    folder = tmp_path_factory.mktemp("disk") / "pages"
+    running = RunningService(
+        trained_model.folder, Supervision(silence=1.0, most_quick=9), disk_cache_folder=str(folder), cache_tokens=8192
+    )
+    running.ready()
+    yield running
+    running.close()
+
+
+async def failures(service: EngineService, count: int, bring_about: int | None) -> tuple[list[object], float]:
+    """What becomes of so many requests under way when a signal is sent, and after how many seconds."""
+    answers = [asyncio.create_task(collect(service, prepared([(5 + i, 6)], ENDLESS))) for i in range(count)]
+    await until(lambda: service.statistics.running >= min(count, 8))
+    begun, pid = time.monotonic(), service.pid
+    assert pid is not None and bring_about is not None
+    os.kill(pid, bring_about)
+    return await asyncio.gather(*answers, return_exceptions=True), time.monotonic() - begun
+
+
+def test_killed_under_load_it_comes_back_and_finds_its_disk_cache(
+    running: RunningService, trained_model: TrainedModel
+) -> None:
+    prompt = tuple(trained_model.tokenizer.encode("def main(self):\n    return self.value\n" * 30))[:400]
+    first = running.answer(prepared([prompt], PARAMS))[0]
+    running.run(asyncio.sleep(0.5))  # pages are written in the background
+    pid = running.service.pid
+    found, seconds = running.run(failures(running.service, 32, signal.SIGKILL))
+    assert all(isinstance(each, ApiError) and each.status == 503 for each in found), found
+    assert seconds < 2.0
+    assert running.service.num_running == 0
+    with pytest.raises(ApiError, match="started again"):
+        running.answer(prepared([prompt], PARAMS))
+    assert running.service.state is State.RESTARTING
+    running.ready()
+    assert running.service.pid != pid
+    again = running.answer(prepared([prompt], PARAMS))[0]
+    assert first.cached_tokens == 0 and again.cached_tokens == (len(prompt) - 1) // 64 * 64 > 256
+    assert again.token_ids == first.token_ids
+
+
+def test_one_that_hangs_is_killed(running: RunningService) -> None:
+    """Stopped by the system, it is alive and says nothing; without requests it may be silent."""
+    running.ready()
+    pid = running.service.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    running.run(asyncio.sleep(1.6))
+    assert running.service.pid == pid, "nobody waited for it"
+    os.kill(pid, signal.SIGCONT)
+    found, seconds = running.run(failures(running.service, 2, signal.SIGSTOP))
+    assert all(isinstance(each, ApiError) and each.status == 503 for each in found), found
+    assert 0.5 < seconds < 4.0
+    running.ready()
+    assert running.service.pid != pid
+
+
+def test_interrupts_of_the_terminal_do_not_reach_it(running: RunningService) -> None:
+    running.ready()
+    pid = running.service.pid
+    assert pid is not None and os.getpgid(pid) != os.getpgid(0)
+    os.kill(pid, signal.SIGINT)
+    assert running.answer(prepared([(5, 6)], PARAMS))[0].finish_reason == "length"
+    assert running.service.pid == pid
+
+
+def test_stopping_fails_what_is_under_way(trained_model: TrainedModel, tmp_path: Path) -> None:
+    running = RunningService(trained_model.folder, disk_cache=False)
+    running.ready()
+    pid = running.service.pid
+    assert pid is not None
+
+    async def stop() -> object:
+        answer = asyncio.create_task(collect(running.service, prepared([(5, 6)], ENDLESS)))
+        await until(lambda: running.service.num_running)
+        await running.service.stop()
+        return (await asyncio.gather(answer, return_exceptions=True))[0]
+
+    found = running.run(stop())
+    assert isinstance(found, ApiError) and found.status == 503 and "stopping" in found.message
+    assert not _lives(pid)
+    running.close()
+
+
+def test_what_cannot_start_says_why(trained_model: TrainedModel) -> None:
+    running = RunningService(trained_model.folder, disk_cache_folder="/proc/nowhere")
+    with pytest.raises(ValueError, match="disk_cache_folder: /proc/nowhere"):
+        running.ready()
+    assert running.service.state is State.FAILED
+    with pytest.raises(ApiError, match="cannot run"):
+        running.answer(prepared([(5, 6)], PARAMS))
+    running.close()
+
+
+FRONT = """
+import asyncio, sys
+from pathlib import Path
+from abyssal.serve.engine.service import EngineService
+
+async def main():
+    service = await EngineService.start(Path(sys.argv[1]), "m", {"disk_cache": False})
+    await service.ready()
+    print(service.pid, flush=True)
+    assert "torch" not in sys.modules
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+def test_without_its_front_it_ends(trained_model: TrainedModel, tmp_path: Path) -> None:
+    """However the front died; nothing of it is left, its socket's folder neither."""
+    command = [sys.executable, "-c", FRONT, str(trained_model.folder)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as front:
+        assert front.stdout is not None
+        pid = int(front.stdout.readline())
+        assert _lives(pid) and list(tmp_path.iterdir())
+        front.kill()
+    deadline = time.monotonic() + 10.0
+    while _lives(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _lives(pid)
+    assert not list(tmp_path.iterdir())
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] != "Z"
