@@ -51,7 +51,7 @@ def create_app(
         routers: mounted beside the API: metrics, the page.
         prices: on an open server, where nobody pays: what answers would cost, for ``observer``.
     """
-    front = Front(settings, service, served, desk, routes, observer or Observers(), prices)
+    front = Front(settings, service, served, desk, routes, Observers([observer] if observer else []), prices)
     app = FastAPI(title="abyssal", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.front = front
     for api in APIS:

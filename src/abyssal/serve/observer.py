@@ -10,12 +10,18 @@ All are called on the event loop, between two tokens of somebody: they return at
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from abyssal.serve.events import EngineEvent, Prepared, Usage
 from abyssal.serve.service import Origin
+
+Told = TypeVar("Told")
+
+log = logging.getLogger("abyssal.serve")
 
 
 @dataclass(frozen=True)
@@ -74,22 +80,22 @@ class Observer(Protocol):
 
 
 class Watches:
-    """Several as one."""
+    """Several as one.  What one of them raises is logged, and neither the request nor the others notice."""
 
     def __init__(self, watches: Sequence[Watch]) -> None:
         self._watches = watches
 
     def prepared(self, prepared: Prepared, origin: Origin) -> None:
         for watch in self._watches:
-            watch.prepared(prepared, origin)
+            _tell(watch.prepared, prepared, origin)
 
     def event(self, event: EngineEvent) -> None:
         for watch in self._watches:
-            watch.event(event)
+            _tell(watch.event, event)
 
     def end(self, outcome: Outcome) -> None:
         for watch in self._watches:
-            watch.end(outcome)
+            _tell(watch.end, outcome)
 
 
 class Observers:
@@ -99,4 +105,14 @@ class Observers:
         self._observers = observers
 
     def begin(self, arrival: Arrival) -> Watches:
-        return Watches([observer.begin(arrival) for observer in self._observers])
+        watches = [_tell(observer.begin, arrival) for observer in self._observers]
+        return Watches([watch for watch in watches if watch is not None])
+
+
+def _tell(told: Callable[..., Told], *news: Any) -> Told | None:
+    try:
+        return told(*news)
+    except Exception as error:
+        frames = "".join(traceback.format_tb(error.__traceback__))  # what it says may quote the request
+        log.error("an observer failed\n%s%s", frames, type(error).__name__)
+        return None

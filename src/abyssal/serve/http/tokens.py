@@ -9,7 +9,7 @@ from pydantic import Field
 
 from abyssal.serve.http.front import Front
 from abyssal.serve.http.work import Done
-from abyssal.serve.protocol.chat import checked_messages
+from abyssal.serve.protocol.chat import MOST_TOOLS, checked_messages
 from abyssal.serve.protocol.common import Named, Unsupported, checked_tokens, read
 from abyssal.serve.protocol.errors import bad_parameter, of_value_error
 from abyssal.serve.protocol.served import ServedModel
@@ -81,8 +81,9 @@ def _tokens(request: TokenizeRequest, served: ServedModel) -> Sequence[int]:
         assert request.prompt is not None
         if request.tools is not None:
             raise bad_parameter("tools", "they go with messages; leave them out")
-        begin = request.add_special_tokens and served.tokenizer.bos_token_id is not None
-        return served.tokenizer.encode_batch([request.prompt], add_bos=begin)[0]
+        return served.encode_all([request.prompt], begin=request.add_special_tokens)[0]
+    if len(request.tools or []) > MOST_TOOLS:
+        raise bad_parameter("tools", f"{len(request.tools or [])} tools; give at most {MOST_TOOLS}")
     try:
         prompt = served.chat.prompt(checked_messages(request.messages, True), request.tools)
     except ValueError as error:

@@ -19,11 +19,13 @@ from abyssal.serve.protocol.common import (
     SamplingFields,
     Strict,
     Unsupported,
+    check_bytes,
     check_length,
+    num_bytes,
     read,
     sampling_params,
 )
-from abyssal.serve.protocol.errors import bad_parameter, not_supported, of_value_error
+from abyssal.serve.protocol.errors import bad_parameter, far_too_long, not_supported, of_value_error
 from abyssal.serve.protocol.served import ServedModel
 from abyssal.text.chat_format import Prompt
 from abyssal.text.output_form import output_form
@@ -50,6 +52,13 @@ UNSUPPORTED: Mapping[str, Unsupported] = {
     "verbosity": Unsupported(("medium",), "ask for it in a message; give medium, or leave it out"),
     "web_search_options": Unsupported((), "this server does not search; leave it out"),
 }
+
+MOST_TOOLS = 512
+"""Of one request; OpenAI and DeepSeek take 128."""
+MOST_FORM_BYTES = 128 << 10
+"""Of the schemas or the grammar that an answer must follow: the engine reads them between two steps."""
+_LEAST_SHOWN = 4
+"""A template shows more than one part in so many of what messages and tools say."""
 
 _EVERY_ROLE = frozenset({"role", "content"})
 _FIELDS: Mapping[str, frozenset[str]] = {
@@ -112,7 +121,9 @@ def prepare_chat(request: ChatRequest, messages: Sequence[Mapping[str, Any]], se
         ApiError: from the parameters.
     """
     thinking = None if request.thinking is None else request.thinking.type == "enabled"
+    _check_extent(request, messages, served)
     prompt = served.chat.prompt(messages, request.tools, thinking)
+    check_bytes(sum(len(part.text.encode()) for part in prompt.parts), served)
     ids = tuple(encode_parts(served.tokenizer, prompt.parts).ids.tolist())
     max_tokens = _max_tokens(request)
     check_length(len(ids), max_tokens, served)
@@ -128,6 +139,16 @@ def prepare_chat(request: ChatRequest, messages: Sequence[Mapping[str, Any]], se
         user=request.user or request.safety_identifier,
         priority=request.priority,
     )
+
+
+def _check_extent(request: ChatRequest, messages: Sequence[Mapping[str, Any]], served: ServedModel) -> None:
+    """Whether it is worth the work to write the conversation out."""
+    if len(request.tools or []) > MOST_TOOLS:
+        raise bad_parameter("tools", f"{len(request.tools or [])} tools; give at most {MOST_TOOLS}")
+    if len(messages) > served.max_length:  # each has a token of its own
+        raise far_too_long(len(messages), served.max_length)
+    texts = num_bytes([message.get("content") for message in messages]) + num_bytes(request.tools)
+    check_bytes(texts // _LEAST_SHOWN, served)
 
 
 def checked_messages(messages: Sequence[Mapping[str, Any]], beta: bool) -> list[dict[str, Any]]:
@@ -189,6 +210,9 @@ def _params(request: ChatRequest, prompt: Prompt, max_tokens: int | None, served
         request.parallel_tool_calls,
         served.ends or None,
     )
+    if form is not None and (size := num_bytes(form.value)) > MOST_FORM_BYTES:
+        name = "tools" if request.response_format is None else "response_format"
+        raise bad_parameter(name, f"a form of {size} bytes; give at most {MOST_FORM_BYTES}")
     structured = None if form is None else StructuredOutput(form.kind, form.value)  # pyright: ignore[reportArgumentType]
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return sampling_params(request, served, max_tokens=max_tokens, logprobs=logprobs, structured=structured)

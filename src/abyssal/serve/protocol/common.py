@@ -16,6 +16,7 @@ from abyssal.engine.messages import SamplingParams, StructuredOutput
 from abyssal.serve.protocol.errors import (
     ApiError,
     bad_parameter,
+    far_too_long,
     not_supported,
     of_validation,
     of_value_error,
@@ -170,6 +171,31 @@ def check_length(num_prompt: int, max_tokens: int | None, served: ServedModel) -
     num_new = 1 if max_tokens is None else max_tokens
     if num_prompt + num_new > served.max_length:
         raise too_long(num_prompt, num_new, served.max_length)
+
+
+def check_bytes(num_bytes: int, served: ServedModel) -> None:
+    """Whether a text may fit at all, before work is spent on it.
+
+    Raises:
+        ApiError: 400, OpenAI's ``context_length_exceeded``.
+    """
+    if (least := served.least_tokens(num_bytes)) > served.max_length:
+        raise far_too_long(least, served.max_length)
+
+
+def num_bytes(value: object) -> int:
+    """Of all texts in a JSON value, names included."""
+    total = 0
+    stack = [value]
+    while stack:
+        each = stack.pop()
+        if isinstance(each, str):
+            total += len(each.encode())
+        elif isinstance(each, Mapping):
+            stack += [*each.keys(), *each.values()]
+        elif isinstance(each, list | tuple):
+            stack += each
+    return total
 
 
 def checked_tokens(name: str, tokens: list[int], vocab_size: int) -> tuple[int, ...]:

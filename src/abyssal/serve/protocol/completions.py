@@ -20,6 +20,7 @@ from abyssal.serve.protocol import logprobs as shapes
 from abyssal.serve.protocol.common import (
     SamplingFields,
     Unsupported,
+    check_bytes,
     check_length,
     checked_tokens,
     read,
@@ -88,6 +89,9 @@ def _prompts(request: CompletionRequest, served: ServedModel) -> tuple[tuple[int
     prompts = _listed(request.prompt)
     if not 1 <= len(prompts) <= MOST_PROMPTS:
         raise bad_parameter("prompt", f"{len(prompts)} prompts; give 1 to {MOST_PROMPTS}")
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            check_bytes(len(prompt.encode()) + len((request.suffix or "").encode()), served)
     return tuple(_ids(request, prompt, served) for prompt in prompts)
 
 
@@ -128,8 +132,8 @@ def _around(request: CompletionRequest, prefix: str, suffix: str, served: Served
         begin, hole, end = map(served.tokenizer.token_id, (FIM_BEGIN, FIM_HOLE, FIM_END))
     except ValueError as error:
         raise of_value_error(ValueError(f"suffix: {error}; this model cannot fill in the middle")) from None
-    encode = served.tokenizer.encode
-    return (*served.encode(""), begin, *encode(prefix), hole, *encode(suffix), end)
+    before, after = served.encode_all([prefix, suffix], begin=False)
+    return (*served.encode(""), begin, *before, hole, *after, end)
 
 
 def _echo(request: CompletionRequest, prompts: Sequence[tuple[int, ...]], served: ServedModel) -> tuple[str, ...]:

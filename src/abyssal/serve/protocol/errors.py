@@ -102,6 +102,15 @@ def too_long(num_prompt: int, num_new: int, most: int) -> ApiError:
     return ApiError(400, message, param="max_tokens" if num_prompt < most else None, code="context_length_exceeded")
 
 
+def far_too_long(num_prompt: int, most: int) -> ApiError:
+    """The prompt exceeds the model's length by so much that its tokens were not counted."""
+    message = (
+        f"This model's maximum context length is {most} tokens. However, your prompt has at least {num_prompt} tokens. "
+        "Shorten it."
+    )
+    return ApiError(400, message, code="context_length_exceeded")
+
+
 def unknown_model(name: str, known: Sequence[str]) -> ApiError:
     """The request names a model that is not served."""
     message = f"The model {name!r} does not exist here; there is {', '.join(known)}"

@@ -41,7 +41,21 @@ class ServedModel:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """A text as a prompt, as the offline API reads one."""
-        return tuple(self.tokenizer.encode(text, add_bos=self.tokenizer.bos_token_id is not None))
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts: Sequence[str], begin: bool = True) -> list[tuple[int, ...]]:
+        """Texts as prompts, or with ``begin`` false as parts of one.  Unlike an encoder of one text, the library's of
+        many lets other threads run meanwhile, which a long text needs."""
+        add_bos = begin and self.tokenizer.bos_token_id is not None
+        return [tuple(ids) for ids in self.tokenizer.encode_batch(texts, add_bos)]
+
+    def least_tokens(self, num_bytes: int) -> int:
+        """As which a text of so many bytes can be written."""
+        return -(-num_bytes // self._longest_token)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.token_bytes), default=1) or 1
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text that an output of these tokens would show."""
