@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from abyssal.engine.messages import SamplingParams
+from abyssal.engine.wire import Statistics
 from abyssal.serve.engine.service import EngineService, Supervision
 from abyssal.serve.events import EngineEvent, Prepared
 from abyssal.serve.service import Origin
@@ -80,3 +81,10 @@ async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.01)
+
+
+async def newest_statistics(service: EngineService) -> Statistics:
+    """Those of a moment after everything that was heard of: they come in order with the news."""
+    seen = service.statistics
+    await until(lambda: service.statistics is not seen)
+    return service.statistics

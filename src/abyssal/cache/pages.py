@@ -51,6 +51,11 @@ class PagePool:
         """Pages that nobody but the prefix cache holds: at most so many can be evicted."""
         return len(self._idle)
 
+    @property
+    def used(self) -> int:
+        """Pages that somebody besides the prefix cache holds."""
+        return self.num_pages - self.free - self.idle
+
     def allocate(self, count: int) -> list[int]:
         """``count`` pages with one reference each, the caller's.  Their content is whatever was left in them.
 

@@ -75,6 +75,8 @@ class Engine:
         self._tokenizer = tokenizer
         self._model = model
         self._asleep = False
+        self.on_phase: Callable[[str, StepPlan | None], object] | None = None
+        """Told when a phase of a step is over, and of which plan, while somebody records steps."""
         self._untold: list[int] = []  # requests that a failed step ended
         self._fingerprint: str | None = None
         self._structures = None
@@ -97,11 +99,11 @@ class Engine:
         self.scheduler = self._new_scheduler()
 
     def _new_scheduler(self) -> Scheduler:
-        pool = PagePool(self._num_pages)
+        self.pool = PagePool(self._num_pages)
         return Scheduler(
             self._config.of_scheduler(self._model, self._ends),
-            pool,
-            PrefixCache(pool) if self._config.prefix_cache else None,
+            self.pool,
+            PrefixCache(self.pool) if self._config.prefix_cache else None,
             self._clock,
             self._stored,
         )
@@ -167,6 +169,11 @@ class Engine:
         return {} if self._gain is None else self._gain.gains()
 
     @property
+    def expert_loads(self) -> tuple[tuple[float, ...], ...]:
+        """Of each layer with experts, the share of recent tokens' choices that each expert got."""
+        return self._runner.loads.shares()
+
+    @property
     def unfinished(self) -> bool:
         """Whether any request is under way."""
         return self.scheduler.unfinished
@@ -194,8 +201,12 @@ class Engine:
         self._mover.store(self.scheduler.take_prefixes())
         most_drafts = None if self._gain is None else self._gain.begin(self.scheduler.num_writing)
         plan = self.scheduler.plan(most_drafts)
+        self._phase("plan", plan)
         begun = time.perf_counter()
-        results = self._runner.collect(self._runner.launch(plan))
+        launched = self._runner.launch(plan)
+        self._phase("launch")
+        results = self._runner.collect(launched)
+        self._phase("collect")
         if self._gain is not None:
             self._gain.end(plan, results)
         self._note_rate(plan, time.perf_counter() - begun)
@@ -206,13 +217,17 @@ class Engine:
             progress += self.scheduler.take_progress()
         return progress
 
+    def _phase(self, name: str, plan: StepPlan | None = None) -> None:
+        if self.on_phase is not None:
+            self.on_phase(name, plan)
+
     def _start_over(self, error: BaseException) -> None:
         """A step was broken off, and what it did to any page or to the books is not known: begin new ones.  What was
         cached in memory, or held for export, is lost with them."""
         self._mover.forget_all()
         self._runner.forget_all()
-        preemptions, self.scheduler = self.scheduler.num_preemptions, self._new_scheduler()
-        self.scheduler.num_preemptions = preemptions
+        ended, self.scheduler = self.scheduler, self._new_scheduler()
+        self.scheduler.num_preemptions, self.scheduler.totals = ended.num_preemptions, ended.totals
         self._live.clear()
         self._held.clear()
         detail = f"the step that it was in failed: {type(error).__name__} {error}"

@@ -39,18 +39,22 @@ class EngineMeter:
     def statistics(self) -> Statistics:
         """As of now."""
         scheduler, drafts = self._engine.scheduler, self._engine.draft_statistics
-        pool = scheduler._memory.pool
+        totals = scheduler.totals
         return Statistics(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
-            used_pages=pool.num_pages - pool.free - pool.idle,
-            total_pages=pool.num_pages,
+            used_pages=self._engine.pool.used,
+            total_pages=self._engine.pool.num_pages,
             preemptions=scheduler.num_preemptions,
             steps=self._steps,
             step_seconds=self._seconds,
+            prompt_tokens=totals.prompt_tokens,
+            memory_hit_tokens=totals.memory_hit_tokens,
+            disk_hit_tokens=totals.disk_hit_tokens,
+            output_tokens=totals.output_tokens,
             drafted=drafts.drafted,
             accepted=drafts.accepted,
-            expert_loads=self._engine._runner.loads.shares(),
+            expert_loads=self._engine.expert_loads,
             disk_bytes=0 if self._disk is None else self._disk.bytes,
         )
 

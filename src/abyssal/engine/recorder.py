@@ -70,8 +70,8 @@ class StepRecorder:
         if not self._phases:
             return
         self._left -= 1
-        arguments = {} if self._plan is None else _arguments(self._plan)
-        whole = _Phase(f"step {self._number}", self._phases[0].begin, self._phases[-1].end)
+        arguments = {"number": self._number, **({} if self._plan is None else _arguments(self._plan))}
+        whole = _Phase("step", self._phases[0].begin, self._phases[-1].end)
         self._number += 1
         self._events.append(self._slice(whole, arguments))
         self._events += [self._slice(phase) for phase in self._phases]

@@ -65,6 +65,8 @@ class Sequence:
     """Sequences that wait for its prompt."""
     cached_tokens: int | None = None
     """Prompt tokens found in a cache when it was first admitted."""
+    remembered: int = 0
+    """Of those, found in memory; the others were read from disk."""
     stored: int | None = None
     """Tokens of its beginning that the disk had when it was first looked up."""
     offloaded: int = 0
@@ -168,3 +170,22 @@ class Sequence:
     def forget(self) -> None:
         """Its pages are gone: everything is to be computed again, or to come back from where it was moved."""
         self.computed = self.num_drafts = self.published = 0
+
+
+@dataclass(slots=True)
+class Totals:
+    """Tokens since the beginning, for whoever watches."""
+
+    prompt_tokens: int = 0
+    """Of prompts whose first token was sampled, once a request, cached ones included."""
+    memory_hit_tokens: int = 0
+    disk_hit_tokens: int = 0
+    output_tokens: int = 0
+
+    def count(self, sequence: Sequence, num_new: int) -> None:
+        """So many new tokens of a sequence stand."""
+        if sequence.index == 0 and sequence.num_output == num_new > 0:
+            self.prompt_tokens += sequence.num_prompt
+            self.memory_hit_tokens += sequence.remembered
+            self.disk_hit_tokens += (sequence.cached_tokens or 0) - sequence.remembered
+        self.output_tokens += num_new

@@ -44,7 +44,7 @@ from abyssal.engine.messages import (
     StepPlan,
     Transfer,
 )
-from abyssal.engine.request import Sequence, Status, pages_for
+from abyssal.engine.request import Sequence, Status, Totals, pages_for
 
 
 @dataclass
@@ -93,6 +93,7 @@ class Scheduler:
         self._requests: dict[int, list[Sequence]] = {}
         self._deadlines = Deadlines(self._lives)
         self.num_preemptions = 0
+        self.totals = Totals()
 
     # The policy
 
@@ -198,7 +199,7 @@ class Scheduler:
         self._waiting.remove(sequence)
         insort(self._running, sequence, key=lambda s: s.number)
         if sequence.cached_tokens is None:
-            sequence.cached_tokens = min(sequence.published, sequence.num_prompt)
+            sequence.cached_tokens = sequence.remembered = min(sequence.published, sequence.num_prompt)
         sequence.charged = max(sequence.charged, sequence.computed)
         sequence.transfer = self._memory.incoming(sequence)
         sequence.status = Status.RUNNING if sequence.transfer is None else Status.IMPORTING
@@ -382,6 +383,7 @@ class Scheduler:
         if reason is None and sequence.request.prefill_only:
             reason = "prefilled"
         new_tokens = tuple(sequence.tokens[before:])
+        self.totals.count(sequence, len(new_tokens))
         if reason is not None:
             self._end(sequence, reason, sampled.error, new_tokens)
             return

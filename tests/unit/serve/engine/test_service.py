@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,12 +17,12 @@ from abyssal.engine.messages import SamplingParams, StructuredOutput
 from abyssal.serve.events import EngineEvent
 from abyssal.serve.protocol.errors import ApiError
 from abyssal.serve.service import State
-from tests.support.engine_service import ORIGIN, RunningService, collect, prepared, until
+from tests.support.engine_service import ORIGIN, RunningService, collect, newest_statistics, prepared, until
 from tests.support.trained_model import TrainedModel
 
 PARAMS = SamplingParams(temperature=0.8, seed=7, max_tokens=24, ignore_eos=True)
 ENDLESS = replace(PARAMS, max_tokens=900)
-OPTIONS = {"cache_tokens": 64 * 64, "num_drafts": 1}
+OPTIONS: dict[str, Any] = {"cache_tokens": 64 * 64, "num_drafts": 1}
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +152,63 @@ def test_a_slow_reader_holds_up_nobody(running: RunningService) -> None:
     assert sum((event.token_ids for event in events), ()) == alone[0].token_ids
     assert "".join(event.text for event in events) == alone[0].text
     assert len(events) <= 4 and seconds < 5.0
+
+
+def test_statistics_are_what_was_done(running: RunningService, trained_model: TrainedModel) -> None:
+    """Every token once, those of a prompt found in memory among them; nothing is under way afterwards."""
+    before = running.run(newest_statistics(running.service))
+    prompt = prompt_of(trained_model, "def statistics(self):\n    return self.count\n" * 12)
+    answers = [
+        running.answer(prepared([prompt, prompt[:70]], replace(PARAMS, n=2))),
+        running.answer(prepared([prompt], replace(PARAMS, n=1, best_of=3))),
+    ]
+    after = running.run(newest_statistics(running.service))
+    hits = answers[0][0].cached_tokens + answers[0][2].cached_tokens + answers[1][0].cached_tokens
+    outputs = sum(len(event.token_ids) + event.discarded_tokens for answer in answers for event in answer.values())
+    assert hits > len(prompt) - 64 and outputs == 24 * 7
+    assert after.prompt_tokens - before.prompt_tokens == 2 * len(prompt) + 70
+    assert after.memory_hit_tokens - before.memory_hit_tokens == hits
+    assert after.disk_hit_tokens == before.disk_hit_tokens
+    assert after.output_tokens - before.output_tokens == outputs
+    assert after.steps > before.steps and after.step_seconds > before.step_seconds
+    assert (after.running, after.waiting, after.used_pages, after.total_pages) == (0, 0, 0, 64)
+    assert len(after.drafted) == 1 and 0 < after.accepted[0] < after.drafted[0]
+    assert after.drafted[0] - before.drafted[0] <= outputs
+    assert len(after.expert_loads) == 2
+    assert all(len(loads) == 8 and sum(loads) == pytest.approx(1.0) for loads in after.expert_loads)
+
+
+def test_a_trace_of_steps(running: RunningService) -> None:
+    async def record() -> bytes:
+        recording = asyncio.create_task(running.service.record(5, 30.0))
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="being recorded"):
+            await running.service.record(1, 1.0)
+        await collect(running.service, prepared([(5, 6, 7)], replace(PARAMS, n=3)))
+        return await recording
+
+    events = json.loads(running.run(record()))["traceEvents"]
+    steps = [event for event in events if event["name"] == "step"]
+    assert [step["args"]["number"] for step in steps] == [0, 1, 2, 3, 4]
+    first, second = steps[0]["args"], steps[1]["args"]
+    assert (first["chunks"], first["prompt_tokens"], first["decode_tokens"]) == (1, 3, 0)
+    assert (second["chunks"], second["prompt_tokens"], second["decode_tokens"]) == (3, 0, 3)
+    for step in steps:
+        inside = [each for each in events if each["ph"] == "X" and each is not step and _within(each, step)]
+        assert [each["name"] for each in inside] == ["plan", "launch", "collect", "update", "send"]
+        assert sum(each["dur"] for each in inside) == pytest.approx(step["dur"], abs=0.01)
+    counters = {each["name"] for each in events if each["ph"] == "C"}
+    assert counters == {"tokens", "sequences", "used pages"}
+    assert any(each["name"] == "sequences" and each["args"]["running"] == 3 for each in events)
+
+
+def _within(inner: dict[str, float], outer: dict[str, float]) -> bool:
+    return outer["ts"] - 0.01 <= inner["ts"] and inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"] + 0.01
+
+
+def test_a_trace_of_an_idle_engine_ends_with_its_time(running: RunningService) -> None:
+    trace = json.loads(running.run(running.service.record(5, 0.1)))
+    assert [event["ph"] for event in trace["traceEvents"]] == ["M", "M"]
+    for steps, seconds in ((0, 1.0), (5, 0.0), (1 << 30, 1.0), (5, 1e9)):
+        with pytest.raises(ApiError, match="A trace has 1 to"):
+            running.run(running.service.record(steps, seconds))
