@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from abyssal.engine.core import Engine
 from abyssal.engine.loads import ExpertLoads
 from abyssal.engine.messages import Request, SamplingParams
 from abyssal.model.router import Routing
+from abyssal.model.transformer import Transformer
+from tests.support.checkpoints import SMALL
 from tests.support.trained_model import TrainedModel
 
 
@@ -21,6 +25,7 @@ def test_shares_are_of_the_routing(trained_model: TrainedModel, monkeypatch: pyt
     engine = Engine(trained_model.model, trained_model.tokenizer)
     assert engine.expert_loads == ()
     engine.add(Request(0, tuple(range(300, 350)), SamplingParams(seed=1, max_tokens=20, return_experts=True)))
+    outputs = []
     while engine.unfinished:
         outputs = engine.step()
     experts_TLK = outputs[0].outputs[0].experts
@@ -47,11 +52,6 @@ def _routing(expert: int) -> Routing:
 
 
 def test_a_model_without_experts_has_no_loads(trained_model: TrainedModel) -> None:
-    from dataclasses import replace
-
-    from abyssal.model.transformer import Transformer
-    from tests.support.checkpoints import SMALL
-
     spec = replace(SMALL, moe=None, num_dense_layers=0, mtp_depth=0)
     found = ExpertLoads(Transformer(spec))
     found.note({})
