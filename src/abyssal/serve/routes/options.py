@@ -66,7 +66,7 @@ def open_routes(options: Sequence[str], served: str) -> Routes:
         if served.startswith(option.prefix):
             raise ValueError(
                 f"--route: the prefix {option.prefix!r} would hide the model {served!r} that runs here; "
-                f"choose another, or another --served-model-name"
+                f"choose another, or another --name"
             )
         providers[option.prefix] = LiteLLMProvider(load(), option)
     return Routes(providers)
