@@ -11,7 +11,7 @@ from abyssal.engine.wire import Statistics
 from abyssal.serve.events import EngineEvent, Prepared
 from abyssal.serve.protocol.errors import ApiError
 from abyssal.serve.service import Origin, State
-from tests.support.serving import events, served
+from tests.support.serving import events, scored, served
 
 Step = EngineEvent | ApiError | float
 """What a script does next: tell, fail, or wait so many seconds."""
@@ -39,9 +39,14 @@ def saying(text: str, pause: float = 0.0, first: float = 0.0, **fields: Any) -> 
 
     def script(prepared: Prepared) -> list[Step]:
         steps: list[Step] = [first] if first else []
-        for prompt in range(len(prepared.prompts)):
-            for choice in range(prepared.params.n):
-                for event in events(served(), text, **fields):
+        params = prepared.params
+        for prompt, ids in enumerate(prepared.prompts):
+            for choice in range(params.n):
+                told = events(served(), text, scores=params.logprobs is not None, **fields)
+                if params.prompt_logprobs is not None:
+                    scores = (None, *map(scored, ids[1:]))
+                    told[0] = replace(told[0], prompt_logprobs=scores)
+                for event in told:
                     steps += [replace(event, prompt=prompt, choice=choice), *([pause] if pause else [])]
         return steps
 

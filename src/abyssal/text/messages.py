@@ -111,6 +111,8 @@ def _calls(where: str, calls: object) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{where}[{index}].function.arguments: {_shown(function.get('arguments'))} must be JSON as text"
             )
+        if not isinstance(call.get("id"), str | None):
+            raise ValueError(f"{where}[{index}].id: {_shown(call.get('id'))} must be text")
         checked.append({"type": "function", **call, "function": dict(function)})
     return checked
 

@@ -87,7 +87,7 @@ def _of_router(operation: Mapping[str, Any]) -> dict[str, Any]:
 def _answer(front: Front, api: Api, path: str, schemas: dict[str, Any]) -> dict[str, Any]:
     body = _request(front, api.request, api.unsupported, schemas)
     error = "AnthropicError" if api.dialect.name == "anthropic" else "Error"
-    response = {"anthropic": "Message", "responses": "Response"}.get(api.dialect.name, _whole(api))
+    response = {"anthropic": "MessagesAnswer", "responses": "ResponsesAnswer"}.get(api.dialect.name, _whole(api))
     return _operation(front, path, api.summary, _WORK_ERRORS, response, body, error, stream=True)
 
 
@@ -160,14 +160,20 @@ def _request(
 ) -> dict[str, str]:
     """A reference to the request's schema, which is put among ``schemas`` with those that it refers to."""
     made = request.model_json_schema(ref_template=_REFERENCE)
-    schemas.update({name: _nullable(schema) for name, schema in made.pop("$defs", {}).items()})
-    known = FIELDS.get(request.__name__, {})
-    properties = {name: known.get(name, schema) for name, schema in made["properties"].items()}
+    for name, schema in made.pop("$defs", {}).items():
+        schemas[name] = _nullable({**schema, "properties": _known(name, schema)})
+    properties = _known(request.__name__, made)
     if not front.routes.providers:  # else there are others
         properties["model"] = {"type": "string", "enum": [front.settings.model]}
     properties |= {name: _harmless(parameter) for name, parameter in unsupported.items()}
     schemas[request.__name__] = _nullable({**made, "properties": properties})
     return _reference(request.__name__)
+
+
+def _known(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Properties of the schema, by hand where pydantic knows less."""
+    known = FIELDS.get(name, {})
+    return {name: known.get(name, field) for name, field in schema.get("properties", {}).items()}
 
 
 def _nullable(schema: Mapping[str, Any]) -> dict[str, Any]:

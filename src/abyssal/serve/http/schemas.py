@@ -35,7 +35,6 @@ _FUNCTION = _object(
     "name",
     closed=False,
     name=_NAME,
-    description=_or_null(_TEXT),
     parameters=_or_null(_PARAMETERS),
     strict=_or_null({"type": "boolean"}),
 )
@@ -43,9 +42,9 @@ _TOOLS = _list(_object("function", closed=False, type={"const": "function"}, fun
 _CALL = _object(
     "function",
     closed=False,
-    id=_TEXT,
+    id=_or_null(_TEXT),
     type={"const": "function"},
-    function=_object("name arguments", closed=False, name=_TEXT, arguments=_TEXT),
+    function=_object("name arguments", closed=False, name=_TEXT, arguments={"type": ["string", "object"]}),
 )
 _MESSAGE: Schema = {
     "anyOf": [
@@ -86,6 +85,7 @@ FIELDS: Mapping[str, Mapping[str, Schema]] = {
         "tool_choice": _or_null(_CHOICE),
         "response_format": _or_null(_FORM),
     },
+    "StreamOptions": {"include_obfuscation": {"enum": [False, None]}},
     "CompletionRequest": {"prompt": _PROMPT},
     "TokenizeRequest": {"messages": _or_null(_list(_MESSAGE, 1)), "tools": _or_null(_TOOLS)},
     "DetokenizeRequest": {"tokens": _list(_NUMBER)},
@@ -133,7 +133,7 @@ RESPONSES: Mapping[str, Schema] = {
         choices=_list({"type": "object"}, 1),
         usage=_USAGE,
     ),
-    "Response": _object(
+    "ResponsesAnswer": _object(
         "id object status output",
         closed=False,
         id=_TEXT,
@@ -141,7 +141,7 @@ RESPONSES: Mapping[str, Schema] = {
         status=_TEXT,
         output=_list({"type": "object"}),
     ),
-    "Message": _object(
+    "MessagesAnswer": _object(
         "id type role content",
         closed=False,
         id=_TEXT,

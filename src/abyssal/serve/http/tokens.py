@@ -71,7 +71,7 @@ def make_detokenized(front: Front, body: Mapping[str, Any]) -> Done:
 
 
 def _named(body: Mapping[str, Any], served: ServedModel) -> Mapping[str, Any]:
-    return body if body.get("model") else {**body, "model": served.name}
+    return body if body.get("model") is not None else {**body, "model": served.name}
 
 
 def _tokens(request: TokenizeRequest, served: ServedModel) -> Sequence[int]:

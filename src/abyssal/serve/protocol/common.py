@@ -8,9 +8,9 @@ A parameter that is ``null`` is absent, as clients send it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from abyssal.engine.messages import SamplingParams, StructuredOutput
 from abyssal.serve.protocol.errors import (
@@ -50,8 +50,15 @@ class StreamOptions(Strict):
     """``stream_options``."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: bool | None = None
     """OpenAI pads its chunks to hide lengths; this server does not."""
+
+    @field_validator("include_obfuscation")
+    @classmethod
+    def _not_here(cls, value: bool | None) -> bool | None:
+        if value:
+            raise ValueError("not supported; give false, or leave it out")
+        return value
 
 
 class Named(Strict):
