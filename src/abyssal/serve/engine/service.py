@@ -308,6 +308,8 @@ class EngineService:
         if run is None:  # its reader has gone
             return
         if delta.error or delta.finish_reason == "error":
+            if run.choices_left[delta.request_id] > 1 and self._process is not None:  # its other choices go on
+                self._process.send(Cancel((delta.request_id,)))
             self._end(run, delta.request_id)
             run.mailbox.fail(_failure(delta))
             return
