@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from abyssal.cli import chat, convert, generate, prepare, report, sft, train
+from abyssal.cli import chat, convert, generate, keys, prepare, report, serve, sft, train
 from abyssal.cli.arguments import parse
 from tests.support.readme import commands
 from tests.support.trained_model import TrainedModel
 
 ROOT = Path(__file__).parents[2]
 PAGES = ("README.md", "docs/how-to.md", "docs/serving.md")
+SERVER = "docs/server.md"
+"""Its Python needs a server, as the tests in tests/e2e/serve do."""
 OPTIONS: dict[str, type[Any]] = {
     "prepare": prepare.Options,
     "train": train.Options,
@@ -25,6 +27,7 @@ OPTIONS: dict[str, type[Any]] = {
     "chat": chat.Options,
     "convert": convert.Options,
     "report": report.Options,
+    "serve": serve.Options,
 }
 """Verbs whose commands take long; the others are run by ``test_readme.py``."""
 
@@ -33,7 +36,7 @@ def text_of(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
 
 
-COMMANDS = [(page, command.text) for page in PAGES for command in commands(text_of(page))]
+COMMANDS = [(page, command.text) for page in (*PAGES, SERVER) for command in commands(text_of(page))]
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {text}" for page, text in COMMANDS])
@@ -41,6 +44,8 @@ def test_options_of_a_command_exist(page: str, command: str) -> None:
     _, verb, *arguments = shlex.split(command)
     if verb in OPTIONS:
         parse(OPTIONS[verb], arguments, verb)
+    elif verb == "keys":
+        keys._parser().parse_args(arguments)
     else:
         assert page == "README.md", f"{command}: only the README's commands are run; add the verb to OPTIONS"
 

@@ -18,6 +18,7 @@ NOT_RUN_HERE: dict[str, str] = {
     "abyssal train --model tiny --data my-texts/ --out runs/mine --steps 1000": TRAINED,
     'abyssal generate runs/mine/model --prompt "Once upon a time" --temperature 0.8': TRAINED,
     "abyssal chat runs/chat/model": "needs a model that can talk, and a terminal; tests/e2e/test_chat.py has both",
+    "abyssal serve runs/chat/model": "runs until it is told to end; tests/e2e/serve asks it as clients do",
     "abyssal convert DeepSeek-V3/ DeepSeek-V3-bf16/ --dtype bf16": "needs DeepSeek-V3's checkpoint; "
     "tests/unit/checkpoint/test_convert.py runs the verb on small ones",
 }
