@@ -24,6 +24,7 @@ from abyssal.serve.events import EngineEvent, Prepared
 from abyssal.serve.http.settings import HttpSettings
 from abyssal.serve.observe.observability import Observability
 from abyssal.serve.observer import Arrival, Outcome
+from abyssal.serve.protocol.errors import ApiError
 from abyssal.serve.service import Origin
 from abyssal.serve.web.pages import page_router
 from abyssal.text.reasoning import THINK_END
@@ -86,9 +87,8 @@ def answer(prepared: Prepared, pause: float) -> list[Step]:
     steps.append(EngineEvent(text=THINK_END, token_ids=(end,)))
     for piece in pieces("\n\n" + (text * 40 if "long" in asked else text)):
         steps += [EngineEvent(text=piece, token_ids=(7,)), pause]
-    if "break" in asked:
-        raise RuntimeError("as the test asked")
-    return [*steps, EngineEvent(finish_reason="stop")]
+    end_of_it = ApiError(500, "The script breaks off here") if "break" in asked else EngineEvent(finish_reason="stop")
+    return [*steps, end_of_it]
 
 
 @dataclass
@@ -191,7 +191,7 @@ def _request(seen: Observability, ticks: _Ticks, chance: random.Random) -> None:
 
 @contextmanager
 def page_server(
-    port: int = 0, minutes: int = 0, pause: float = 0.005, currency: str | None = "USD", desk: Desk | None = None
+    port: int = 0, minutes: int = 0, pause: float = 0.001, currency: str | None = "USD", desk: Desk | None = None
 ) -> Iterator[tuple[str, BusyService]]:
     """Its address, and the service behind it.
 

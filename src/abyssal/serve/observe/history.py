@@ -18,13 +18,15 @@ INTERVAL = 1.0
 """Seconds between samples."""
 KEPT = 600
 """Samples: ten minutes."""
+RATE_SAMPLES = 4
+"""Seconds that a rate is of: prompts are counted all at once, and one alone would be a spike."""
 DRAFT_SAMPLES = 60
 """Over how many the board says how often drafts were accepted."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """How the server stood at one moment, and how fast since the one before."""
+    """How the server stood at one moment, and how fast in the last :data:`RATE_SAMPLES` seconds."""
 
     time: float
     """Seconds since the epoch."""
@@ -44,9 +46,9 @@ class Sample:
     first_token: float | None
     """Median seconds to a first token, of the last half minute; None without requests."""
     between_tokens: float | None
-    """Mean seconds between tokens since the last sample; None without tokens."""
+    """Mean seconds between tokens, as rates; None without tokens."""
     busy: float
-    """Share of the time that the engine spent in steps."""
+    """Share of the time that the engine spent in steps, as rates."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,14 @@ class History:
         self._figures = figures
         self._clock = clock
         self._ticks = ticks
-        self._last = (ticks(), Statistics(), figures.between_tokens())
+        self._before = deque([(ticks(), Statistics(), figures.between_tokens())], maxlen=RATE_SAMPLES)
         self._drafts: deque[Statistics] = deque([Statistics()], maxlen=DRAFT_SAMPLES + 1)
         self.samples: deque[Sample] = deque(maxlen=KEPT)
 
     def take(self, now: Statistics) -> Sample:
         """A sample.  ``now`` has counts that never fall."""
         at, between = self._ticks(), self._figures.between_tokens()
-        before_at, before, (before_sum, before_count) = self._last
+        before_at, before, (before_sum, before_count) = self._before[0]
         seconds = max(at - before_at, 1e-6)
 
         def rate(name: str) -> float:
@@ -105,7 +107,7 @@ class History:
             between_tokens=_rounded((between[0] - before_sum) / tokens) if tokens else None,
             busy=min(1.0, rate("step_seconds")),
         )
-        self._last = (at, now, between)
+        self._before.append((at, now, between))
         if now.drafted != self._drafts[-1].drafted:
             self._drafts.append(now)
         self.samples.append(sample)

@@ -32,13 +32,13 @@ export class Board {
         { key: "running", label: "running", tone: "tone-1" },
         { key: "waiting", label: "in the queue", tone: "tone-2" }], { format: rate, high: 4 }),
       new LineChart("Pages in use", [{ key: "pages", label: "of all pages", tone: "tone-1" }], { format: percent, high: 1, fixed: true }),
-      new LineChart("Where prompts come from", [
+      new LineChart("Prompt tokens", [
         { key: "memory_rate", label: "memory", tone: "tone-1" },
         { key: "disk_rate", label: "disk", tone: "tone-3" },
         { key: "computed_rate", label: "computed", tone: "tone-2" }], { format: rate, stacked: true }),
       new LineChart("Waiting for a token", [
         { key: "first_token", label: "first", tone: "tone-2" },
-        { key: "between_tokens", label: "between", tone: "tone-1" }], { format: (value) => (value ? seconds(value) : "0"), high: 0.01 }),
+        { key: "between_tokens", label: "between", tone: "tone-1" }], { format: seconds, log: true }),
     ];
     byId("charts").append(...this.charts.map((chart) => chart.node), this.#drafts.node);
     byId("pause-button").addEventListener("click", () => this.#pause(!this.#paused));
@@ -149,30 +149,30 @@ class Tiles {
 
   constructor(list) {
     for (const [name, label] of [["output", "Output"], ["running", "Running"], ["queue", "Queue"], ["pages", "Pages in use"], ["hits", "Cache hits"], ["saved", "Saved by the cache"]]) {
-      const value = element("dd", { class: "value", id: `tile-${name}` }, "–"), note = element("dd", { class: "soft small" });
-      this.#fields.set(name, { value, note });
-      list.append(element("div", { class: "tile" }, element("dt", {}, label), value, note));
+      const value = element("dd", { class: "value", id: `tile-${name}` }, "–"), notes = [1, 2].map(() => element("dd", { class: "soft small" }));
+      this.#fields.set(name, { value, notes });
+      list.append(element("div", { class: "tile" }, element("dt", {}, label), value, notes));
     }
   }
 
-  #set(name, value, unit, note) {
+  #set(name, value, unit, ...notes) {
     const field = this.#fields.get(name);
     if (field.shown !== value + unit) field.value.replaceChildren(value, " ", element("small", {}, unit));
     field.shown = value + unit;
-    say(field.note, note);
+    field.notes.forEach((node, index) => say(node, notes[index] ?? ""));
   }
 
   show({ now, totals, saved }) {
     this.#set("output", short(now.output_rate ?? 0), "tokens/s", `${short(totals.output_tokens)} since the start`);
     this.#set("running", whole(now.running), now.running === 1 ? "request" : "requests", `${whole(totals.requests)} answered`);
     this.#set("queue", whole(now.waiting), "waiting", `${whole(totals.preemptions)} preemptions`);
-    this.#set("pages", percent(now.pages ?? 0), "", `${whole(now.used_pages)} of ${whole(now.total_pages)}`);
+    const disk = totals.disk_bytes ? `and ${bytes(totals.disk_bytes)} on disk` : "";
+    this.#set("pages", percent(now.pages ?? 0), "", `${whole(now.used_pages)} of ${whole(now.total_pages)}`, disk);
     const prompt = totals.prompt_tokens || 1, hits = totals.memory_hit_tokens + totals.disk_hit_tokens;
     this.#set("hits", percent(hits / prompt), "of prompts",
-      `${percent(totals.memory_hit_tokens / prompt)} memory, ${percent(totals.disk_hit_tokens / prompt)} disk`);
-    const disk = totals.disk_bytes ? `, ${bytes(totals.disk_bytes)} on disk` : "";
-    if (saved.priced) this.#set("saved", ...money(saved.nano, saved.currency).split(" "), `${short(hits)} tokens not computed${disk}`);
-    else this.#set("saved", short(hits), "tokens", `no prices are set${disk}`);
+      `${percent(totals.memory_hit_tokens / prompt)} from memory`, `${percent(totals.disk_hit_tokens / prompt)} from disk`);
+    if (saved.priced) this.#set("saved", ...money(saved.nano, saved.currency).split(" "), `${short(hits)} tokens`, "were not computed");
+    else this.#set("saved", short(hits), "tokens", "were not computed;", "no prices are set");
   }
 }
 

@@ -81,6 +81,8 @@ export class Chat {
     this.#turns = [...turns, { role: "assistant", content: "", reasoning: "", running: true }];
     this.#draw();
     this.#follow(true);
+    // The button that was pressed goes away.  Where fingers type, the focus would bring up a keyboard over the answer.
+    if (matchMedia("(pointer: fine)").matches) this.#prompt.focus();
     this.#stream(body, this.#turns.at(-1));
     return true;
   }
@@ -172,7 +174,6 @@ export class Chat {
   #again() {
     if (this.#abort) return;
     this.#ask(this.#turns.slice(0, -1));
-    this.#prompt.focus();
   }
 
   #clear() {

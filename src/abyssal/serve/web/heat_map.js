@@ -5,6 +5,7 @@ import { byId, element, say } from "./elements.js";
 const LIMIT = 2; // doublings either way: from a quarter of the even share to four times
 const GUTTER = 34, TOP = 18; // pixels for numbers of layers and experts
 const ROW = { least: 9, most: 22, total: 460 };
+const FRAME = 4; // pixels of padding around it, for the focus
 const NARROWEST = 3; // pixels of a cell; where that does not fit, the map scrolls
 
 export const times = (load) => `${load < 10 ? load.toFixed(load < 1 ? 2 : 1) : Math.round(load)} ×`;
@@ -37,8 +38,8 @@ export class HeatMap {
   }
 
   draw() {
-    const frame = this.#canvas.parentElement.clientWidth;
-    if (!this.loads?.length || !frame) return;
+    const frame = this.#canvas.parentElement.clientWidth - 2 * FRAME;
+    if (!this.loads?.length || frame <= 0) return;
     this.#colors ??= readColors();
     const columns = Math.max(...this.loads.map((row) => row.length));
     const width = Math.max(frame, GUTTER + columns * NARROWEST);

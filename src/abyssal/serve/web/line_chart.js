@@ -4,8 +4,10 @@ import { drawn, element, say } from "./elements.js";
 import { ticks } from "./numbers.js";
 
 const HEIGHT = 168;
-const MARGIN = { left: 44, right: 10, top: 10, bottom: 22 };
+const MARGIN = { right: 10, top: 10, bottom: 22 };
+const GLYPH = 6.8; // pixels of a label's character
 const WINDOW = 300; // seconds
+const LONGEST_GAP = 5; // seconds between samples that a line is drawn over
 const SPOKEN_EVERY = 10; // seconds between changes of the text alternative
 
 export class LineChart {
@@ -13,10 +15,11 @@ export class LineChart {
 
   /**
    * @param lines `{key, label, tone, format}`: `key` names a column of the history, `tone` a class of the style sheet
-   * @param options `high`: the axis reaches at least to it; `fixed`: and no further; `stacked`: lines lie on each other
+   * @param options `high`: the axis reaches at least to it; `fixed`: and no further; `stacked`: lines lie on each
+   *   other; `log`: the axis goes by tens
    */
-  constructor(title, lines, { format, high = 1, fixed = false, stacked = false, note = "" }) {
-    Object.assign(this, { title, lines, format, high, fixed, stacked });
+  constructor(title, lines, { format, high = 1, fixed = false, stacked = false, log = false }) {
+    Object.assign(this, { title, lines, format, high, fixed, stacked, log });
     this.grid = drawn("g", { class: "grid" });
     this.marks = drawn("g");
     this.cursor = drawn("line", { class: "cursor", visibility: "hidden" });
@@ -26,8 +29,7 @@ export class LineChart {
     const legend = lines.map((line) => element("span", { class: "key" }, swatch(line, stacked), line.label, " ", this.values.get(line.key)));
     this.plot = element("div", { class: "plot" }, this.svg, this.tip);
     this.node = element("article", { class: "card" },
-      element("div", { class: "card-head" }, element("h2", {}, title), element("p", { class: "legend" }, legend)), this.plot,
-      note ? element("p", { class: "soft small" }, note) : null);
+      element("div", { class: "card-head" }, element("h2", {}, title), element("p", { class: "legend" }, legend)), this.plot);
     this.plot.addEventListener("pointermove", (event) => this.#point(event));
     this.plot.addEventListener("pointerleave", () => this.#unpoint());
     new ResizeObserver(() => this.history && this.draw(this.history)).observe(this.plot);
@@ -40,8 +42,9 @@ export class LineChart {
     if (!width) return;
     this.now = history.time.at(-1) ?? 0;
     this.first = history.time.findIndex((time) => time >= this.now - WINDOW);
-    this.inner = { left: MARGIN.left, right: width - MARGIN.right, top: MARGIN.top, bottom: HEIGHT - MARGIN.bottom };
     this.#scale();
+    const label = Math.max(...this.steps.map((step) => this.format(step).length));
+    this.inner = { left: 10 + label * GLYPH, right: width - MARGIN.right, top: MARGIN.top, bottom: HEIGHT - MARGIN.bottom };
     this.svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     this.#drawGrid();
     this.#drawLines();
@@ -62,65 +65,60 @@ export class LineChart {
   }
 
   #scale() {
-    let high = this.high;
-    if (!this.fixed)
-      for (let index = Math.max(0, this.first); index < this.history.time.length; index++)
-        high = Math.max(high, ...this.#levels(index).map((value) => value ?? 0));
-    this.steps = ticks(high, 3);
+    let low = Infinity, high = this.log ? 0 : this.high;
+    for (let index = Math.max(0, this.first); index < this.history.time.length && !this.fixed; index++)
+      for (const level of this.#levels(index))
+        if (level !== null && (!this.log || level > 0)) [low, high] = [Math.min(low, level), Math.max(high, level)];
+    this.steps = this.log ? tens(low, high) : ticks(high, 3);
     this.top = this.steps.at(-1);
   }
 
   #x = (time) => this.inner.right - ((this.now - time) / WINDOW) * (this.inner.right - this.inner.left);
-  #y = (value) => this.inner.bottom - (Math.min(value, this.top) / this.top) * (this.inner.bottom - this.inner.top);
+
+  #y(value) {
+    const [low, high] = [this.steps[0], this.top];
+    const share = this.log ? Math.log(Math.max(value, low) / low) / Math.log(high / low) : Math.min(value, high) / high;
+    return +(this.inner.bottom - share * (this.inner.bottom - this.inner.top)).toFixed(1);
+  }
 
   #drawGrid() {
-    const { left, right, bottom } = this.inner, parts = [];
-    for (const step of this.steps) {
-      const y = this.#y(step).toFixed(1);
-      parts.push(drawn("line", { x1: left, x2: right, y1: y, y2: y, class: step ? "" : "base" }));
-      parts.push(drawn("text", { x: left - 8, y: +y + 4, "text-anchor": "end" }, this.format(step)));
-    }
-    const minutes = right - left < 280 ? [5, 3, 1] : [5, 4, 3, 2, 1];
-    for (const ago of minutes)
+    const { left, right } = this.inner, parts = [];
+    this.steps.forEach((step, index) => {
+      const y = this.#y(step);
+      parts.push(drawn("line", { x1: left, x2: right, y1: y, y2: y, class: index ? "" : "base" }));
+      parts.push(drawn("text", { x: left - 8, y: y + 4, "text-anchor": "end" }, this.format(step)));
+    });
+    for (const ago of right - left < 320 ? [4, 2] : [4, 3, 2, 1])
       parts.push(drawn("text", { x: this.#x(this.now - 60 * ago), y: HEIGHT - 5, "text-anchor": "middle" }, `−${ago} min`));
     parts.push(drawn("text", { x: right, y: HEIGHT - 5, "text-anchor": "end" }, "now"));
     this.grid.replaceChildren(...parts);
   }
 
   #drawLines() {
-    const paths = this.lines.map(() => ""), areas = this.lines.map(() => "");
-    const pens = this.lines.map(() => "M");
-    const starts = this.lines.map(() => null);
-    const close = (line, x) => {
-      if (starts[line] !== null) areas[line] += `L${x} ${this.inner.bottom}L${starts[line]} ${this.inner.bottom}Z`;
-      starts[line] = null;
-      pens[line] = "M";
-    };
-    let x = 0, before = null;
-    for (let index = Math.max(0, this.first); index < this.history.time.length; index++) {
-      const time = this.history.time[index], gap = before !== null && time - before > 5;
-      const last = x;
-      x = +this.#x(time).toFixed(1);
-      before = time;
-      this.#levels(index).forEach((value, line) => {
-        if (value === null || gap) close(line, last);
-        if (value === null) return;
-        starts[line] ??= x;
-        const step = `${pens[line]}${x} ${this.#y(value).toFixed(1)}`;
-        paths[line] += step;
-        areas[line] += step;
-        pens[line] = "L";
-      });
-    }
-    this.lines.forEach((_, line) => close(line, x));
-    const parts = [];
-    // From the top of the stack down, so that each area shows what it adds.
-    for (let line = this.lines.length - 1; line >= 0; line--) {
-      const tone = this.lines[line].tone;
-      if (this.stacked || this.lines.length === 1) parts.push(drawn("path", { class: `area ${tone}${this.stacked ? " stacked" : ""}`, d: areas[line] }));
-      parts.push(drawn("path", { class: `line ${tone}`, d: paths[line] }));
-    }
+    const parts = [], filled = this.stacked || (this.lines.length === 1 && !this.log);
+    this.lines.forEach(({ tone }, line) => {
+      const runs = this.#runs(line), style = `${tone}${this.stacked ? " stacked" : ""}`;
+      if (filled) parts.push(drawn("path", { class: `area ${style}`, d: runs.map(band).join("") }));
+      parts.push(drawn("path", { class: `line ${style}`, d: runs.map((points) => path(points.map(([x, , y]) => [x, y]))).join("") }));
+    });
     this.marks.replaceChildren(...parts);
+  }
+
+  // Points of a line, [x, y of what lies below it, y], cut where there is nothing to show.
+  #runs(line) {
+    const runs = [];
+    let run = null, before = null;
+    for (let index = Math.max(0, this.first); index < this.history.time.length; index++) {
+      const time = this.history.time[index], levels = this.#levels(index);
+      if (before !== null && time - before > LONGEST_GAP) run = null;
+      before = time;
+      if (levels[line] === null) run = null;
+      else {
+        if (!run) runs.push((run = []));
+        run.push([+this.#x(time).toFixed(1), this.stacked && line ? this.#y(levels[line - 1] ?? 0) : this.inner.bottom, this.#y(levels[line])]);
+      }
+    }
+    return runs;
   }
 
   #point(event) {
@@ -161,6 +159,18 @@ export class LineChart {
     });
     this.svg.setAttribute("aria-label", `${this.title}, last 5 minutes. ${told.join("; ")}.`);
   }
+}
+
+const path = (points) => points.map(([x, y], index) => `${index ? "L" : "M"}${x} ${y}`).join("") + (points.length === 1 ? "h.1" : "");
+
+// Between a line and what lies below it.
+const band = (points) => `${path([...points.map(([x, , y]) => [x, y]), ...points.map(([x, below]) => [x, below]).reverse()])}Z`;
+
+// Powers of ten around the values.
+function tens(low, high) {
+  if (!(high > 0)) return [0.001, 0.01, 0.1, 1];
+  const first = Math.floor(Math.log10(low) + 1e-9), last = Math.max(first + 1, Math.ceil(Math.log10(high) - 1e-9));
+  return Array.from({ length: last - first + 1 }, (_, index) => 10 ** (first + index));
 }
 
 function swatch(line, filled) {

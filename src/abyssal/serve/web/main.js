@@ -86,6 +86,7 @@ system.addEventListener("change", nameTheme);
 // ---- what is served
 
 const RETRY = 3000; // milliseconds
+const LOOK = 10_000;
 let asking = 0;
 
 async function lookForModels() {
@@ -103,6 +104,20 @@ async function lookForModels() {
   }
 }
 
+// Whether the model runs: beside its name.
+async function lookAtState() {
+  let state = "not reached";
+  try {
+    state = (await (await fetch("/ready", { cache: "no-store" })).json()).status;
+  } catch {
+    // the server is gone, or something before it answers
+  }
+  byId("served").classList.toggle("unwell", state !== "ready");
+  say(byId("served-state"), state === "ready" ? "" : state);
+}
+
 nameTheme();
 navigate();
 lookForModels();
+lookAtState();
+setInterval(() => document.hidden || lookAtState(), LOOK);

@@ -53,7 +53,7 @@ function codeBlock(block) {
 
 function tableBlock(block) {
   const cell = (name, inline, index) =>
-    element(name, { class: `align-${block.aligns[index] ?? "left"}`, scope: name === "th" ? "col" : null }, inlines(inline));
+    element(inline.length ? name : "td", { class: `align-${block.aligns[index] ?? "left"}`, scope: name === "th" && inline.length ? "col" : null }, inlines(inline));
   const row = (name, cells) => element("tr", {}, cells.map((inline, index) => cell(name, inline, index)));
   return element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table" }, element("table", {},
     element("thead", {}, row("th", block.head)), element("tbody", {}, block.rows.map((cells) => row("td", cells)))));

@@ -12,7 +12,7 @@ export const whole = (value) => Math.round(value).toLocaleString("en");
 
 export function percent(share) {
   const value = 100 * share;
-  return `${value > 0 && value < 10 ? value.toFixed(1) : Math.round(value)} %`;
+  return `${value > 0 && value < 9.95 ? value.toFixed(1) : Math.round(value)}\u00a0%`; // the sign stays with its number
 }
 
 export function bytes(count) {

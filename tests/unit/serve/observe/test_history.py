@@ -9,7 +9,7 @@ import pytest
 from abyssal.engine.wire import Statistics
 from abyssal.serve.observe.board import EXPERTS_EVERY, Board
 from abyssal.serve.observe.figures import Figures
-from abyssal.serve.observe.history import KEPT, History
+from abyssal.serve.observe.history import KEPT, RATE_SAMPLES, History
 from abyssal.serve.observe.totals import EngineTotals
 from tests.support.watched import Clock, StandIn
 
@@ -19,17 +19,19 @@ def history(figures: Figures | None = None) -> tuple[History, Clock]:
     return History(figures or Figures(clock), clock, clock), clock
 
 
-def test_counts_become_rates_of_the_time_that_passed() -> None:
+def test_counts_become_rates_of_the_last_seconds() -> None:
     samples, clock = history()
-    samples.take(Statistics(output_tokens=10))
     clock.now += 2
-    now = Statistics(output_tokens=50, prompt_tokens=100, memory_hit_tokens=60, disk_hit_tokens=20, step_seconds=1.0)
+    now = Statistics(output_tokens=40, prompt_tokens=100, memory_hit_tokens=60, disk_hit_tokens=20, step_seconds=1.0)
     sample = samples.take(now)
     assert (sample.output_rate, sample.prompt_rate) == (20, 50)
     assert (sample.memory_rate, sample.disk_rate, sample.computed_rate) == (30, 10, 10)
     assert sample.busy == 0.5
-    clock.now += 1
-    assert samples.take(now).output_rate == 0
+    rates = []
+    for _ in range(RATE_SAMPLES + 1):
+        clock.now += 1
+        rates.append(samples.take(now).output_rate)
+    assert rates == [pytest.approx(40 / 3, abs=1e-3), 10, 8, 0, 0]
 
 
 def test_pages_are_a_share_and_none_is_no_division() -> None:
@@ -50,6 +52,8 @@ def test_latencies_are_of_recent_requests_and_absent_without() -> None:
     sample = samples.take(Statistics())
     assert (sample.first_token, sample.between_tokens) == (0.2, pytest.approx(0.02))
     clock.now += 31
+    for _ in range(RATE_SAMPLES):
+        samples.take(Statistics())
     assert (samples.take(Statistics()).first_token, samples.take(Statistics()).between_tokens) == (None, None)
 
 
