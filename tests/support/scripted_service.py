@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from tests.support.serving import events, scored, served
 
 Step = EngineEvent | ApiError | float
 """What a script does next: tell, fail, or wait so many seconds."""
-Script = Callable[[Prepared], list[Step]]
+Script = Callable[[Prepared], Sequence[Step]]
 
 
 @dataclass

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -65,7 +66,7 @@ def create_app(
     app.add_exception_handler(RequestValidationError, _failed)
     if settings.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            _Cors,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
@@ -79,6 +80,17 @@ def create_app(
 def front_of(app: FastAPI) -> Front:
     """What its requests share."""
     return app.state.front
+
+
+class _Cors(CORSMiddleware):
+    """Starlette's, whose refusals have the shape of all others."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        problem = ApiError(400, "Scripts of this origin may not ask so; see --cors-origin", code="origin_not_allowed")
+        return Response(encode(problem.openai()), 400, {"vary": "Origin"}, "application/json")
 
 
 async def _failed(request: Request, error: Exception) -> Response:
