@@ -51,8 +51,8 @@ class DeltaTeller:
         if told is None:
             told = self._told[output.request_id] = [_Told() for _ in output.completions]
         scored = output.completions[0].prompt_logprobs if params.prompt_logprobs is not None else None
-        pairs = zip(output.completions, told, strict=True)
-        return [_news(live, each, scored) for live, each in pairs if _has_news(live, each)]
+        found = [_news(live, each, scored) for live, each in zip(output.completions, told, strict=True)]
+        return [delta for delta in found if delta is not None]
 
     def _ended(self, output: RequestOutput) -> list[Delta]:
         told = self._told.pop(output.request_id, None) or [_Told() for _ in output.outputs]
@@ -60,32 +60,32 @@ class DeltaTeller:
         return [_last(output, completion, each) for completion, each in pairs if not each.ended]
 
 
-def _has_news(live: LiveSequence, told: _Told) -> bool:
-    return not told.ended and (len(live.tokens) - live.num_prompt > told.tokens or live.finish_reason is not None)
-
-
-def _news(live: LiveSequence, told: _Told, scored: Sequence[TokenLogprobs | None] | None) -> Delta:
-    """Of a completion whose request goes on."""
-    text = live.text.since(told.pieces)
+def _news(live: LiveSequence, told: _Told, scored: Sequence[TokenLogprobs | None] | None) -> Delta | None:
+    """Of a completion whose request goes on; None without any."""
+    reason, shown = live.finish_reason, live.text
     token_ids = tuple(live.tokens[live.num_prompt + told.tokens :])
-    logprobs = tuple(live.logprobs[told.logprobs :])
-    delta = Delta(
+    if told.ended or (not token_ids and reason is None):
+        return None
+    text = shown.since(told.pieces)
+    logprobs = tuple(live.logprobs[told.logprobs :]) if live.logprobs else ()
+    first, told.begun, told.ended = not told.begun, True, reason is not None
+    told.pieces = shown.num_pieces
+    told.characters += len(text)
+    told.tokens += len(token_ids)
+    told.logprobs += len(logprobs)
+    return Delta(
         live.request.request_id,
         live.index,
         text,
         token_ids,
         logprobs,
-        None if told.begun or scored is None else tuple(scored),
-        live.finish_reason,
-        live.text.stop_reason if live.finish_reason is not None else None,
+        tuple(scored) if first and scored is not None else None,
+        reason,
+        shown.stop_reason if reason is not None else None,
         live.cached_tokens,
-        error=live.error,
+        0,
+        live.error,
     )
-    told.begun, told.ended = True, live.finish_reason is not None
-    told.pieces, told.characters = live.text.num_pieces, told.characters + len(text)
-    told.tokens += len(token_ids)
-    told.logprobs += len(logprobs)
-    return delta
 
 
 def _last(output: RequestOutput, completion: CompletionOutput, told: _Told) -> Delta:

@@ -18,12 +18,11 @@ from typing import Any
 
 import torch
 
-from abyssal.checkpoint.hf import load_model
 from abyssal.engine.config import EngineConfig
 from abyssal.engine.core import Engine
-from abyssal.engine.disk import LoadedFiles, open_disk_cache
 from abyssal.engine.interrupts import unbroken
 from abyssal.engine.messages import Request, RequestOutput, SamplingParams, TokenLogprobs
+from abyssal.engine.opening import open_folder
 from abyssal.engine.outputs import GrowingOutput
 from abyssal.engine.stored import StoredPages
 from abyssal.model.transformer import Transformer
@@ -61,7 +60,6 @@ class LLM:
         stored: StoredPages | None = None,
     ) -> None:
         config = config or EngineConfig()
-        loaded = None
         if isinstance(path, Transformer):
             self.model = path
             if config.disk_cache_folder is not None and stored is None:
@@ -69,16 +67,11 @@ class LLM:
                     "disk_cache_folder: the weights of a model in memory cannot be known again; give the folder of the "
                     "model, or stored="
                 )
+            if tokenizer is not None:
+                tokenizer.check_fits(self.model.spec)
         else:
-            tokenizer = Tokenizer.from_folder(path) if tokenizer is None else tokenizer
-            num_drafts, loaded = config.num_drafts, LoadedFiles.before(Path(path))
-            self.model = load_model(path, dtype=dtype, mtp=None if num_drafts == "auto" else bool(num_drafts))
-        if tokenizer is not None:
-            tokenizer.check_fits(self.model.spec)
-            if loaded is not None and stored is None and config.disk_cache:
-                stored = open_disk_cache(
-                    loaded, self.model, tokenizer, config.disk_cache_folder, config.disk_cache_bytes
-                )
+            opened = open_folder(path, config, dtype, tokenizer, stored)
+            self.model, tokenizer, stored = opened.model, opened.tokenizer, opened.stored
         self.tokenizer = tokenizer
         self.stored = stored
         self.engine = Engine(self.model, tokenizer, config, stored=stored)
