@@ -147,6 +147,11 @@ class Engine:
         waits_for = None if self._tokenizer is None else open_reasoning(self._tokenizer, request.prompt_ids)
         return self._structures.compile(request.params.structured, waits_for)
 
+    def warm_up(self) -> None:
+        """Prepare what a first request would otherwise wait for, and others with it."""
+        if self._structures is not None:
+            self._structures.prepare()
+
     def cancel(self, request_id: int) -> None:
         """End a request with what it has, now or with the step that it is in."""
         self.scheduler.cancel(request_id)

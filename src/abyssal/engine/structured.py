@@ -47,6 +47,12 @@ class StructureCompiler:
         self._ends = list(ends)
         self._tokenizer: LLTokenizer | None = None
 
+    def prepare(self) -> None:
+        """Prepare the tokenizer now: with a large vocabulary it takes a second, which the first form's request and all
+        others beside it would wait."""
+        if self._ends:
+            self._prepared()
+
     def compile(self, form: StructuredOutput, reasoning_end: int | None = None) -> Structure:
         """A structure at its beginning.
 

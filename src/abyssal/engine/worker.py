@@ -126,7 +126,9 @@ def _config(options: Mapping[str, Any]) -> EngineConfig:
 def _engine(folder: Path, opened: OpenedFolder, config: EngineConfig) -> Engine:
     """Its text shows the marks of calls and reasoning, which the front reads."""
     chat = ChatFormat.of_folder(folder, opened.tokenizer)
-    return Engine(opened.model, chat.shown(opened.tokenizer), config, stored=opened.stored)
+    engine = Engine(opened.model, chat.shown(opened.tokenizer), config, stored=opened.stored)
+    engine.warm_up()
+    return engine
 
 
 def _disk_folder(opened: OpenedFolder, config: EngineConfig) -> CacheFolder | None:

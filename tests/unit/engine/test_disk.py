@@ -19,7 +19,7 @@ from abyssal.cache.folder import default_folder
 from abyssal.cache.key import FileDigests, Stopped, model_files
 from abyssal.checkpoint.hf import save_model
 from abyssal.engine import disk
-from abyssal.engine import llm as llm_module
+from abyssal.engine import opening as opening_module
 from abyssal.engine.config import EngineConfig
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import RequestOutput, SamplingParams
@@ -102,7 +102,7 @@ def test_files_that_change_under_a_load_are_nobodys(
 ) -> None:
     """The pages are of the weights that were read, and the digest would be of the new ones."""
     changed, new = shutil.copytree(model, tmp_path / "changed"), make_model(tmp_path / "new", seed=1)
-    load, digest = llm_module.load_model, FileDigests.of
+    load, digest = opening_module.load_model, FileDigests.of
 
     def replace_files() -> None:
         for file in model_files(new):
@@ -119,7 +119,7 @@ def test_files_that_change_under_a_load_are_nobodys(
 
     with monkeypatch.context() as patch:
         if moment == "while it is loaded":
-            patch.setattr(llm_module, "load_model", loaded)
+            patch.setattr(opening_module, "load_model", loaded)
         else:
             patch.setattr(FileDigests, "of", of)
         with LLM(changed, config=config) as llm:
