@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from abyssal.serve.lifecycle import Lifecycle
     from abyssal.serve.observe.observability import Observability
     from abyssal.serve.observe.routes import Check
+    from abyssal.serve.routing import Routes
 
 EXIT_ENGINE = 1
 _WATCH_SECONDS = 0.5
@@ -86,6 +87,17 @@ class Options:
     )
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """What a server needs besides its options."""
+
+    listener: socket.socket
+    desk: Desk | None
+    """None: no keys are asked for."""
+    prices: PriceTable | None
+    routes: Routes
+
+
 def main(argv: list[str]) -> int:
     """Run the verb; bad input raises ValueError or OSError."""
     options = parse(Options, argv, "serve")
@@ -100,14 +112,14 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"the server needs {error.name}: pip install 'abyssal[serve]'") from None
 
     from abyssal.serve.lifecycle import listen
-    from abyssal.serve.observe.logs import configure, log_handler
+    from abyssal.serve.routes.options import open_routes
 
-    configure(log_handler(options.log_format))
     with ExitStack() as held:
+        routes = open_routes(options.route, _name(options))
         desk, prices = _accounts(options, held)
         listener = held.enter_context(listen(options.host, options.port))
         _check_reach(options, desk, listener)
-        return asyncio.run(_serve(options, listener, desk, prices))
+        return asyncio.run(_serve(options, _Opened(listener, desk, prices, routes)))
 
 
 def _check(options: Options) -> None:
@@ -162,21 +174,26 @@ def _check_reach(options: Options, desk: Desk | None, listener: socket.socket) -
         )
 
 
-async def _serve(options: Options, listener: socket.socket, desk: Desk | None, prices: PriceTable | None) -> int:
+async def _serve(options: Options, opened: _Opened) -> int:
     from abyssal.serve.app import front_of
     from abyssal.serve.engine.service import EngineService
     from abyssal.serve.lifecycle import Lifecycle, url_of
+    from abyssal.serve.observe.logs import configure, log_handler
 
     service = await EngineService.start(options.model, _name(options), options.engine.fields())
+    configure(log_handler(options.log_format))
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # that it starts and ends is told here
     async with AsyncExitStack() as open_ended:
         try:
-            app, seen = _app(options, listener, service, desk, prices)
+            app, seen = _app(options, opened, service)
             try:
                 await open_ended.enter_async_context(seen.running())
                 lifecycle = Lifecycle(app, options.drain_seconds)
-                where = f"{_name(options)} at {url_of(listener)} ({'open' if desk is None else 'with keys'})"
+                where = (
+                    f"{_name(options)} at {url_of(opened.listener)} ({'open' if opened.desk is None else 'with keys'})"
+                )
                 watching = asyncio.create_task(_watch(service, lifecycle, where))
-                await lifecycle.serve(listener, open_ended)
+                await lifecycle.serve(opened.listener, open_ended)
                 watching.cancel()
                 return watching.result() if watching.done() and not watching.cancelled() else 0
             finally:
@@ -206,13 +223,10 @@ async def _watch(service: EngineService, lifecycle: Lifecycle, where: str) -> in
     return EXIT_ENGINE
 
 
-def _app(
-    options: Options, listener: socket.socket, service: EngineService, desk: Desk | None, prices: PriceTable | None
-) -> tuple[FastAPI, Observability]:
+def _app(options: Options, opened: _Opened, service: EngineService) -> tuple[FastAPI, Observability]:
     from abyssal.serve.app import create_app
     from abyssal.serve.observe.observability import Observability
     from abyssal.serve.observe.tracing import Tracing, otlp_exporter
-    from abyssal.serve.routes.options import open_routes
     from abyssal.serve.web.pages import page_router
 
     name = _name(options)
@@ -220,19 +234,19 @@ def _app(
     seen = Observability(
         name,
         service,
-        None if prices is None else prices.currency,
+        None if opened.prices is None else opened.prices.currency,
         tracing,
         (lambda tokens: service.served.decode(tokens)) if options.log_prompts else None,
     )
     app = create_app(
-        _settings(options, listener, desk),
+        _settings(options, opened),
         service,
         lambda: service.served,
-        desk,
-        open_routes(options.route, name),
+        opened.desk,
+        opened.routes,
         seen.observer,
-        [page_router(), _observe_router(options, service, desk, seen)],
-        prices,
+        [page_router(), _observe_router(options, service, opened.desk, seen)],
+        opened.prices,
     )
     return app, seen
 
@@ -248,12 +262,12 @@ def _observe_router(options: Options, service: EngineService, desk: Desk | None,
     return seen.router(operator, scraper, None if options.operator is None else service.record)
 
 
-def _settings(options: Options, listener: socket.socket, desk: Desk | None) -> HttpSettings:
+def _settings(options: Options, opened: _Opened) -> HttpSettings:
     from abyssal.serve.http.settings import HttpSettings
     from abyssal.serve.lifecycle import is_loopback
 
     body_bytes = options.max_body_mib << 20
-    local = desk is None and not options.open and is_loopback(listener)
+    local = opened.desk is None and not options.open and is_loopback(opened.listener)
     return HttpSettings(
         _name(options),
         most_requests=options.max_requests,
@@ -262,7 +276,7 @@ def _settings(options: Options, listener: socket.socket, desk: Desk | None) -> H
         keep_alive_seconds=options.keep_alive_seconds,
         cors_origins=options.cors_origin,
         hosts=("localhost", "127.0.0.1", "[::1]", options.host.lower()) if local else (),
-        free_priority=desk is None,
+        free_priority=opened.desk is None,
         log_prompts=options.log_prompts,
     )
 

@@ -183,7 +183,8 @@ def _nullable(schema: Mapping[str, Any]) -> dict[str, Any]:
         name: field if name in required or _takes_null(field) else _or_null(field)
         for name, field in schema.get("properties", {}).items()
     }
-    return {**schema, "properties": properties}
+    about_ours = ("description", "title")  # what pydantic takes from the class is for its readers
+    return {**{name: value for name, value in schema.items() if name not in about_ours}, "properties": properties}
 
 
 def _takes_null(field: Mapping[str, Any]) -> bool:
