@@ -25,7 +25,7 @@ export function bytes(count) {
 export function seconds(value) {
   if (value < 0.0995) return `${+(1000 * value).toPrecision(2)} ms`;
   if (value < 0.9995) return `${Math.round(1000 * value)} ms`;
-  return value < 10 ? `${value.toFixed(2)} s` : `${Math.round(value)} s`;
+  return value < 10 ? `${+value.toFixed(2)} s` : `${Math.round(value)} s`;
 }
 
 /** How long something has been: 2 h 13 min. */
