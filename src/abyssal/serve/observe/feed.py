@@ -6,9 +6,10 @@ A message is written once, however many look.  Who is slow misses samples and ge
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
+
+import msgspec
 
 from abyssal.serve.observe.board import Board
 from abyssal.serve.observe.history import INTERVAL
@@ -66,4 +67,4 @@ class BoardFeed:
 
 
 def _event(name: str, body: dict[str, Any]) -> bytes:
-    return f"event: {name}\ndata: {json.dumps(body, separators=(',', ':'))}\n\n".encode()
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), msgspec.json.encode(body))

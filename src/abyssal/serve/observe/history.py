@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from abyssal.engine.wire import Statistics
@@ -124,8 +124,7 @@ class History:
 
     def columns(self) -> dict[str, list[Any]]:
         """By name, for a message that says each name once."""
-        rows = [asdict(sample) for sample in self.samples]
-        return {field.name: [row[field.name] for row in rows] for field in fields(Sample)}
+        return {field.name: [getattr(sample, field.name) for sample in self.samples] for field in fields(Sample)}
 
 
 def _rounded(seconds: float | None) -> float | None:

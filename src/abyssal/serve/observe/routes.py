@@ -7,11 +7,11 @@ there are none unless the server was started so (``record``).
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
@@ -71,7 +71,7 @@ def observe_router(
     @router.get("/board")
     async def read_board(request: Request) -> Response:
         operator(request)
-        return _json(board.snapshot())
+        return Response(msgspec.json.encode(board.snapshot()), media_type="application/json", headers=HEADERS)
 
     @router.get("/board/events")
     async def stream_board(request: Request) -> Response:
@@ -119,7 +119,3 @@ def _number(request: Request, name: str, default: float, most: float) -> float:
 
 def _front(request: Request) -> Front:
     return request.app.state.front
-
-
-def _json(body: dict[str, Any]) -> Response:
-    return Response(json.dumps(body, separators=(",", ":")), media_type="application/json", headers=HEADERS)

@@ -8,12 +8,14 @@ import { events } from "./sse.js";
 import { tab } from "./stored.js";
 import { AnswerView, questionElement } from "./turn_view.js";
 
+const UNKNOWN = "No model is known yet: the server has not answered.";
 const NEAR = 80; // pixels from the end within which the view follows it
 
 export class Chat {
   #turns = [];
   #views = [];
   #abort = null;
+  #why = UNKNOWN;
   #settings = new Settings();
   #announcer = new Announcer(byId("announcer"));
   #prompt = byId("prompt");
@@ -32,9 +34,10 @@ export class Chat {
     this.#buttons();
   }
 
-  /** Models that are served, the first one chosen unless another was before. */
-  offer(models) {
+  /** Models that are served; `why` there is none. */
+  offer(models, why = UNKNOWN) {
     this.#settings.offer(models);
+    this.#why = why;
   }
 
   show() {
@@ -88,7 +91,7 @@ export class Chat {
   }
 
   #body(turns) {
-    if (!this.#settings.model) throw new Error("No model is known yet: the server has not answered.");
+    if (!this.#settings.model) throw new Error(this.#why);
     const messages = turns.filter((turn) => turn.role === "user" || turn.content).map(({ role, content }) => ({ role, content }));
     if (this.#settings.system) messages.unshift({ role: "system", content: this.#settings.system });
     const options = { stream: true, stream_options: { include_usage: true } };

@@ -10,6 +10,7 @@ const root = document.documentElement;
 
 // ---- the key
 
+const WANTED = "The server wants an API key. This tab remembers it until it is closed.";
 const dialog = byId("key-dialog");
 
 function askForKey(text) {
@@ -36,7 +37,7 @@ byId("key-form").addEventListener("submit", (event) => {
 
 // ---- views
 
-const chat = new Chat(() => askForKey("The server wants an API key. This tab remembers it until it is closed."));
+const chat = new Chat(() => askForKey(WANTED));
 const board = new Board(() => askForKey("The board is the operator's: give a key that may see it."));
 const views = { chat, board };
 let current = null;
@@ -99,7 +100,8 @@ async function lookForModels() {
     say(byId("served-name"), names[0] ?? "");
   } catch (error) {
     byId("served").hidden = true;
-    if (error.status === 401) askForKey("The server wants an API key. This tab remembers it until it is closed.");
+    chat.offer([], error.message);
+    if (error.status === 401) askForKey(WANTED);
     else setTimeout(() => mine === asking && lookForModels(), RETRY);
   }
 }

@@ -9,6 +9,7 @@ export class Settings {
   #form = byId("settings-form");
   #panel = byId("settings");
   #button = byId("settings-button");
+  #served = [];
 
   constructor() {
     this.#restore();
@@ -23,21 +24,23 @@ export class Settings {
   /** Opens or closes the panel; the focus goes with it. */
   toggle(open) {
     this.#panel.hidden = !open;
+    // On narrow screens the panel lies over the conversation, which then cannot be reached by keyboard either.
+    document.querySelector(".talk").inert = open && matchMedia("(max-width: 760px)").matches;
     this.#button.setAttribute("aria-expanded", String(open));
     document.body.classList.toggle("settings-open", open);
     (open ? byId("set-system") : this.#button).focus();
   }
 
-  /** Models to choose from.  One that was chosen before stays chosen where it still exists. */
+  /** Models that are served.  The field may name others: those of the server's routes. */
   offer(models) {
-    const field = byId("set-model");
-    const wanted = field.value || this.#remembered.model;
-    field.replaceChildren(...models.map((name) => new Option(name, name)));
-    if (models.includes(wanted)) field.value = wanted;
+    this.#served = models;
+    byId("models").replaceChildren(...models.map((name) => new Option(name, name)));
+    byId("set-model").placeholder = models[0] ?? "";
   }
 
+  /** The field's, else the first that is served; empty where none is known. */
   get model() {
-    return byId("set-model").value;
+    return byId("set-model").value.trim() || (this.#served[0] ?? "");
   }
 
   get system() {
@@ -65,16 +68,14 @@ export class Settings {
     browser.set("settings", JSON.stringify(Object.fromEntries(new FormData(this.#form))));
   }
 
-  get #remembered() {
-    try {
-      return JSON.parse(browser.get("settings")) ?? {};
-    } catch {
-      return {};
-    }
-  }
-
   #restore() {
-    for (const [name, value] of Object.entries(this.#remembered))
-      if (this.#form.elements[name] && name !== "model" && typeof value === "string") this.#form.elements[name].value = value;
+    let kept = {};
+    try {
+      kept = JSON.parse(browser.get("settings")) ?? {};
+    } catch {
+      // nothing that could be read
+    }
+    for (const [name, value] of Object.entries(kept))
+      if (this.#form.elements[name] && typeof value === "string") this.#form.elements[name].value = value;
   }
 }
