@@ -26,6 +26,7 @@ from abyssal.serve.http.front import Front, own_fault
 from abyssal.serve.http.gate import draining
 from abyssal.serve.http.mailbox import Mailbox
 from abyssal.serve.http.output import Output
+from abyssal.serve.http.pulse import Pulse
 from abyssal.serve.http.work import Work
 from abyssal.serve.observer import Arrival, Outcome, Watch
 from abyssal.serve.protocol.errors import ApiError
@@ -75,6 +76,7 @@ class _Run:
         self._gone = False
         self._error = ""
         self._cut: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stuck: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def to_its_end(self, endpoint: str) -> None:
         """Whatever happens."""
@@ -133,7 +135,7 @@ class _Run:
             self._cut.set_result(None)
 
     async def _until_gone(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Do it, unless the client leaves first, or the server ends.
+        """Do it, unless the client leaves first or takes nothing any more, or the server ends.
 
         Raises:
             ClientGone: it has.
@@ -142,7 +144,7 @@ class _Run:
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(self._left())
         try:
-            await asyncio.wait((task, gone, self._cut), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((task, gone, self._cut, self._stuck), return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
             if self._cut.done():
@@ -189,22 +191,26 @@ class _Run:
 
     async def _write(self, work: Work, mailbox: Mailbox) -> None:
         assert self._bill is not None
-        while bodies := await self._next(work, mailbox):
-            await self._output.events(bodies)
+        waiting = Pulse(self._front.settings.keep_alive_seconds, mailbox.nudge)
+        taking = Pulse(self._front.settings.write_seconds, self._check_taken)
+        try:
+            while (bodies := await mailbox.take()) or not mailbox.ended:
+                waiting.touch()
+                taking.touch()
+                await (self._output.events(bodies) if bodies else self._output.keep_alive(work.stream))
+        finally:
+            waiting.stop()
+            taking.stop()
         if mailbox.error is not None:
             raise mailbox.error
         body = None if work.stream else work.body()
         await self._bill.settle()
         await (self._output.end_stream() if body is None else self._output.body(body))
 
-    async def _next(self, work: Work, mailbox: Mailbox) -> list[Mapping[str, Any]]:
-        """What comes next, nothing at the end; meanwhile the client gets signs of life."""
-        while True:
-            try:
-                async with asyncio.timeout(self._front.settings.keep_alive_seconds):
-                    return await mailbox.take()
-            except TimeoutError:
-                await self._output.keep_alive(work.stream)
+    def _check_taken(self) -> None:
+        """A while after the client was sent something."""
+        if self._output.sending and not self._stuck.done():
+            self._stuck.set_result(None)
 
     def _own_fault(self, error: Exception) -> ApiError:
         self._front.report(self._request_id, error)

@@ -14,7 +14,8 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._waiting: list[Mapping[str, Any]] = []
-        self._ended = False
+        self._nudged = False
+        self.ended = False
         self._news = asyncio.Event()
         self.error: ApiError | None = None
         """By which the work ended."""
@@ -24,14 +25,20 @@ class Mailbox:
         self._news.set()
 
     def end(self, error: ApiError | None = None) -> None:
-        self._ended = True
+        self.ended = True
         self.error = error
         self._news.set()
 
+    def nudge(self) -> None:
+        """Have the reader look up, though there is nothing."""
+        self._nudged = True
+        self._news.set()
+
     async def take(self) -> list[Mapping[str, Any]]:
-        """All that waits, at least one; nothing only at the end.  One that is cancelled takes nothing."""
-        while not self._waiting and not self._ended:
+        """All that waits, at least one; nothing at the end, or when nudged.  One that is cancelled takes nothing."""
+        while not (self._waiting or self.ended or self._nudged):
             self._news.clear()
             await self._news.wait()
+        self._nudged = False
         taken, self._waiting = self._waiting, []
         return taken

@@ -35,19 +35,21 @@ class Output:
         self._write_seconds = write_seconds
         self._stream = False
         self._events = 0
+        self.sending = False
+        """Amid a stream: whether the client has yet to take what it was sent; whoever writes one watches over that."""
         self.status: int | None = None
         """None before the head is sent."""
 
     async def keep_alive(self, stream: bool) -> None:
         """A sign of life."""
         await self._begin(stream)
-        await self._write(KEEP_ALIVE if stream else EMPTY_LINE)
+        await self._amid(KEEP_ALIVE if stream else EMPTY_LINE)
 
     async def events(self, bodies: list[Mapping[str, object]]) -> None:
         """Of a stream."""
         await self._begin(True)
         self._events += len(bodies)
-        await self._write(b"".join(map(self._dialect.event, bodies)))
+        await self._amid(b"".join(map(self._dialect.event, bodies)))
 
     async def end_stream(self) -> None:
         """A whole one."""
@@ -88,6 +90,15 @@ class Output:
         self.status = status
         pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
         await self._within({"type": "http.response.start", "status": status, "headers": pairs})
+
+    async def _amid(self, data: bytes) -> None:
+        self.sending = True
+        try:
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        except OSError:
+            raise ClientGone from None
+        finally:
+            self.sending = False
 
     async def _write(self, data: bytes, last: bool = False) -> None:
         await self._within({"type": "http.response.body", "body": data, "more_body": not last})
