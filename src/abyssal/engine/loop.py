@@ -22,7 +22,7 @@ from abyssal.engine.wire import Add, Cancel, Command, Delta, News, Record, Recor
 
 BUSY_SECONDS = 0.25
 """Between statistics, while there is something to compute."""
-IDLE_SECONDS = 2.0
+IDLE_SECONDS = 1.0
 POLL_SECONDS = 0.25
 """How long a wait for commands lasts before the clock and :attr:`EngineLoop.stopping` are looked at."""
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,9 +50,10 @@ class StructureCompiler:
 
     def prepare(self) -> None:
         """Prepare the tokenizer now: with a large vocabulary it takes a second, which the first form's request and all
-        others beside it would wait."""
+        others beside it would wait.  One that cannot be used is reported by that request."""
         if self._ends:
-            self._prepared()
+            with suppress(ValueError):
+                self._prepared()
 
     def compile(self, form: StructuredOutput, reasoning_end: int | None = None) -> Structure:
         """A structure at its beginning.

@@ -24,10 +24,11 @@ class _Waiting:
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
+    began: float | None
 
     @classmethod
     def of(cls, event: EngineEvent) -> _Waiting:
-        return cls(event, [event.text], list(event.token_ids), list(event.logprobs), event.prompt_logprobs)
+        return cls(event, [event.text], list(event.token_ids), list(event.logprobs), event.prompt_logprobs, event.began)
 
     def add(self, event: EngineEvent) -> None:
         self.last = event
@@ -44,6 +45,7 @@ class _Waiting:
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs),
             prompt_logprobs=self.prompt_logprobs,
+            began=self.began,
         )
 
 

@@ -35,6 +35,13 @@ MOST_STEPS = 10_000
 """Of a trace."""
 MOST_SECONDS = 300.0
 
+_UNAVAILABLE = {
+    State.STARTING: "The model is being loaded; try again in a moment",
+    State.READY: "The engine's process ended; try again in a moment",
+    State.RESTARTING: "The engine failed and is being started again; try again in a moment",
+    State.FAILED: "The engine cannot run; the server's log says why",
+}
+
 logger = logging.getLogger(__name__)
 
 
@@ -162,8 +169,7 @@ class EngineService:
         return len(self._runs)
 
     async def run(self, prepared: Prepared, origin: Origin) -> AsyncGenerator[EngineEvent, None]:
-        if self._state is not State.READY or self._process is None:
-            raise self._unavailable()
+        process = self._ready_process()
         run = _Run(Mailbox(prepared.num_choices))
         try:
             for index, prompt in enumerate(prepared.prompts):
@@ -176,7 +182,7 @@ class EngineService:
                     namespace=origin.namespace,
                     priority=prepared.priority,
                 )
-                _send_request(self._process, request)
+                _send_request(process, request)
                 run.request_ids[request_id], run.choices_left[request_id] = index, prepared.params.n
                 self._runs[request_id] = run
             while (event := await run.mailbox.take()) is not None:
@@ -202,22 +208,26 @@ class EngineService:
             raise ApiError(422, f"A trace has 1 to {MOST_STEPS} steps, of at most {MOST_SECONDS:g} seconds")
         if self._recording is not None:
             raise ApiError(429, "A trace is being recorded already; try again when it is done")
-        if self._state is not State.READY or self._process is None:
-            raise self._unavailable()
+        process = self._ready_process()
         self._recording = asyncio.get_running_loop().create_future()
-        self._process.send(Record(steps, seconds))
+        process.send(Record(steps, seconds))
         return await asyncio.shield(self._recording)
 
     async def stop(self) -> None:
         """End the process once what is to be kept is on disk; requests under way end with a 503."""
         self._stopping = True
-        self._fail_all(ApiError(503, "The server is stopping; try again later"))
+        self._fail_all(self._unavailable())
         if self._process is not None:
             await self._process.stop(self._supervision.stop, loaded=self._state is State.READY)
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
         self._become(State.FAILED, "the server was stopped")
+
+    def _ready_process(self) -> EngineProcess:
+        if self._stopping or self._state is not State.READY or self._process is None:
+            raise self._unavailable()
+        return self._process
 
     # The process's life
 
@@ -237,6 +247,7 @@ class EngineService:
             pause = self._pause(quick)
             logger.error("%s; it is started again in %.1f s", problem, pause)
             await asyncio.sleep(pause)
+            self.restarts += 1
 
     def _die(self, state: State, problem: str) -> None:
         self._statistics = Statistics()
@@ -260,8 +271,10 @@ class EngineService:
                 self._handle(report)
 
         try:
+            if self._text is None:  # the folder may be another model's by now
+                self._text = await asyncio.to_thread(FolderText.of, self.folder)
             self._process = process = await EngineProcess.spawn(self.folder, self._options)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return f"the engine's process cannot be started: {error}"
         watchdog = asyncio.create_task(self._watch(process), name="engine-watchdog")
         try:
@@ -296,7 +309,7 @@ class EngineService:
             case Ready():
                 assert self._text is not None
                 self.expert_layers = report.expert_layers
-                self._served = self._text.served(self.name, report)
+                self._served, self._text = self._text.served(self.name, report), None
                 self._become(State.READY)
             case Recorded(trace):
                 if self._recording is not None and not self._recording.done():
@@ -346,13 +359,8 @@ class EngineService:
             recording.set_exception(error)
 
     def _unavailable(self) -> ApiError:
-        shown = {
-            State.STARTING: "The model is being loaded; try again in a moment",
-            State.RESTARTING: "The engine failed and is being started again; try again in a moment",
-            State.FAILED: "The engine cannot run; the server's log says why",
-            State.READY: "The engine's process ended; try again in a moment",
-        }
-        return ApiError(503, shown[self._state], code="engine_unavailable")
+        message = "The server is stopping" if self._stopping else _UNAVAILABLE[self._state]
+        return ApiError(503, message, code="engine_unavailable")
 
 
 def _send_request(process: EngineProcess, request: Request) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from abyssal.engine.config import EngineConfig
+from abyssal.engine.llm import LLM
 from abyssal.engine.messages import SamplingParams
 from abyssal.serve.engine.service import EngineService, Supervision
 from abyssal.serve.protocol.errors import ApiError
@@ -26,12 +28,15 @@ ENDLESS = replace(PARAMS, max_tokens=900)
 
 
 @pytest.fixture(scope="module")
-def running(trained_model: TrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+def disk(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("disk") / "pages")
+
+
+@pytest.fixture(scope="module")
+def running(trained_model: TrainedModel, disk: str) -> Iterator[RunningService]:
     """May be killed: it comes back."""
-    folder = tmp_path_factory.mktemp("disk") / "pages"
-    running = RunningService(
-        trained_model.folder, Supervision(silence=1.0, most_quick=9), disk_cache_folder=str(folder), cache_tokens=8192
-    )
+    supervision = Supervision(silence=1.0, most_quick=9)
+    running = RunningService(trained_model.folder, supervision, disk_cache_folder=disk, cache_tokens=8192)
     running.ready()
     yield running
     running.close()
@@ -96,24 +101,6 @@ def test_interrupts_of_the_terminal_do_not_reach_it(running: RunningService) -> 
     assert running.service.pid == pid
 
 
-def test_stopping_fails_what_is_under_way(trained_model: TrainedModel, tmp_path: Path) -> None:
-    running = RunningService(trained_model.folder, disk_cache=False)
-    running.ready()
-    pid = running.service.pid
-    assert pid is not None
-
-    async def stop() -> object:
-        answer = asyncio.create_task(collect(running.service, prepared([(5, 6)], ENDLESS)))
-        await until(lambda: running.service.num_running)
-        await running.service.stop()
-        return (await asyncio.gather(answer, return_exceptions=True))[0]
-
-    found = running.run(stop())
-    assert isinstance(found, ApiError) and found.status == 503 and "stopping" in found.message
-    assert not _lives(pid)
-    running.close()
-
-
 def test_what_cannot_start_says_why(trained_model: TrainedModel) -> None:
     running = RunningService(trained_model.folder, disk_cache_folder="/proc/nowhere")
     with pytest.raises(ValueError, match=r"disk_cache_folder: .*/proc/nowhere"):
@@ -154,6 +141,28 @@ def test_without_its_front_it_ends(trained_model: TrainedModel, tmp_path: Path) 
         time.sleep(0.02)
     assert not _lives(pid)
     assert not list(tmp_path.iterdir())
+
+
+def test_stopping_fails_what_is_under_way_and_writes_what_is_to_be_kept(
+    running: RunningService, trained_model: TrainedModel, disk: str
+) -> None:
+    """The last of its module: it ends the service."""
+    running.ready()
+    pid, prompt = running.service.pid, tuple(range(300, 600))
+
+    async def stop() -> object:
+        answer = asyncio.create_task(collect(running.service, prepared([(5, 6)], ENDLESS)))
+        await collect(running.service, prepared([prompt], replace(PARAMS, max_tokens=1)))
+        await running.service.stop()
+        with pytest.raises(ApiError, match="stopping"):
+            await collect(running.service, prepared([(5, 6)], PARAMS))
+        return (await asyncio.gather(answer, return_exceptions=True))[0]
+
+    found = running.run(stop())
+    assert isinstance(found, ApiError) and found.status == 503 and "stopping" in found.message
+    assert pid is not None and not _lives(pid)
+    with LLM(trained_model.folder, config=EngineConfig(disk_cache_folder=disk)) as llm:
+        assert llm.generate([prompt], replace(PARAMS, max_tokens=1))[0].cached_tokens == 256
 
 
 def _lives(pid: int) -> bool:
