@@ -177,9 +177,11 @@ def _check_reach(options: Options, desk: Desk | None, listener: socket.socket) -
 async def _serve(options: Options, opened: _Opened) -> int:
     from abyssal.serve.app import front_of
     from abyssal.serve.engine.service import EngineService
+    from abyssal.serve.http.connection import raise_file_limit
     from abyssal.serve.lifecycle import Lifecycle, url_of
     from abyssal.serve.observe.logs import configure, log_handler
 
+    raise_file_limit()
     service = await EngineService.start(options.model, _name(options), options.engine.fields())
     configure(log_handler(options.log_format))
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # that it starts and ends is told here

@@ -72,7 +72,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    app.add_middleware(Envelope, report=front.report, hosts=settings.hosts)
+    app.add_middleware(Envelope, report=front.report, draining=lambda: front.gate.draining, hosts=settings.hosts)
     describe(app, front)
     return app
 

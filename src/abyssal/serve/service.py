@@ -31,7 +31,7 @@ class Origin:
     namespace: str = ""
     """Of the context cache: only requests with the same one share pages."""
     user: str = ""
-    """Between whom service is shared fairly: the account, and the caller's own user."""
+    """Between whom service is shared fairly: the account; on an open server the caller's own user."""
 
 
 class Service(Protocol):

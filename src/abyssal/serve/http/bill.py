@@ -7,6 +7,7 @@ they: a request that ends meanwhile waits for its reservation before it is settl
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from functools import partial
 
@@ -17,7 +18,7 @@ from abyssal.serve.accounts.usage import Usage as Charged
 from abyssal.serve.events import Usage
 from abyssal.serve.http.front import Front, log, of_refusal
 from abyssal.serve.http.work import Work
-from abyssal.serve.protocol.errors import unknown_model
+from abyssal.serve.protocol.errors import ApiError, unknown_model
 
 
 class Bill:
@@ -51,7 +52,7 @@ class Bill:
         """Set aside what it may cost.
 
         Raises:
-            ApiError: 402, or 404 where its model has no price.
+            ApiError: 402; 404 where its model has no price; 503 the accounts cannot be written.
         """
         self._work = work
         if self._ticket is None or work.most is None:
@@ -66,6 +67,9 @@ class Bill:
             await asyncio.shield(self._reserving)
         except Refusal as refusal:
             raise of_refusal(refusal) from None
+        except sqlite3.Error as error:
+            log.error("%s: the accounts cannot be written: %s", self._request_id, error)
+            raise ApiError(503, "The accounts cannot be written now; try again later", retry_after=5) from None
 
     async def settle(self) -> None:
         """Charge what was used, and let the next one in; twice is once."""
@@ -100,7 +104,8 @@ class Bill:
         """In a thread."""
         assert self._reserving is not None and self._work is not None
         try:
-            if self.usage is not None and self._reserving.exception() is None:
+            reserved = self._reserving.exception() is None
+            if self.usage is not None and reserved:
                 self.cost = -ticket.charge(_charged(self._request_id, self._work.model, self.usage)).amount
         finally:
             ticket.close()

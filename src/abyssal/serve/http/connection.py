@@ -23,6 +23,8 @@ HEADER_BYTES = 64 << 10
 _SPARE_FILES = 128
 """File handles that connections leave to the rest of the process."""
 
+_WANTED_FILES = 16_384
+
 
 class Connection(HttpToolsProtocol):
     """One client's."""
@@ -112,3 +114,11 @@ def most_connections() -> int:
     """As many as file handles allow."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(16, soft - _SPARE_FILES) if soft != resource.RLIM_INFINITY else 1 << 20
+
+
+def raise_file_limit() -> None:
+    """As far as this process may: every connection is a file handle."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, _WANTED_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -28,12 +28,20 @@ class Envelope:
 
     Args:
         report: told of a request's id and of what broke in it, outside of any exchange.
+        draining: whether clients are to go elsewhere with their next request.
         hosts: names by which the server may be called; none is any.
     """
 
-    def __init__(self, app: ASGIApp, report: Callable[[str, BaseException], None], hosts: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        report: Callable[[str, BaseException], None],
+        draining: Callable[[], bool],
+        hosts: Iterable[str] = (),
+    ) -> None:
         self._app = app
         self._report = report
+        self._draining = draining
         self._hosts = frozenset(host.lower() for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,6 +64,8 @@ class Envelope:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
+                if self._draining():
+                    own["connection"] = "close"
                 _add_headers(message, own)
             await send(message)
 

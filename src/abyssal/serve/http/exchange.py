@@ -172,9 +172,10 @@ class _Run:
             await asyncio.gather(pump, return_exceptions=True)
 
     def _origin(self, work: Work, account: Account | None) -> Origin:
+        """With accounts, service is shared between them: a caller's own users would be as many shares as it invents."""
         if account is None:
             return Origin(self._request_id, user=work.user)
-        return Origin(self._request_id, account.namespace, f"{account.account_id}:{work.user}")
+        return Origin(self._request_id, account.namespace, str(account.account_id))
 
     async def _pump(self, work: Work, origin: Origin, watch: Watch, mailbox: Mailbox) -> None:
         """Run the work into the mailbox."""

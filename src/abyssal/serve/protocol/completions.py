@@ -33,7 +33,7 @@ from abyssal.serve.protocol.usage import usage_body
 from abyssal.text.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE
 
 MOST_PROMPTS = 2048
-"""Prompts of one request: OpenAI's limit."""
+"""Prompts of one request, and completions of them all together: OpenAI's limit."""
 
 UNSUPPORTED: Mapping[str, Unsupported] = {}
 """OpenAI's schema of text completions works whole."""
@@ -72,6 +72,9 @@ def prepare(body: object, served: ServedModel) -> Prepared:
         logprobs=request.logprobs,
         prompt_logprobs=request.logprobs if request.echo else None,
     )
+    if (most := len(prompts) * params.num_samples) > MOST_PROMPTS:
+        name = "n" if request.best_of is None else "best_of"
+        raise bad_parameter(name, f"{most} completions of {len(prompts)} prompts; ask for at most {MOST_PROMPTS}")
     return Prepared(
         prompts=prompts,
         params=params,

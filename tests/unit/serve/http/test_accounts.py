@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -120,7 +121,7 @@ def test_an_answer_is_charged_and_remembered(
     assert outcome.usage == Usage(usage["prompt_tokens"], usage["completion_tokens"], 4)
     assert (seen.arrivals[0].key_name, seen.arrivals[0].endpoint) == ("alice", CHAT)
     origin = service.ran[0].origin
-    assert (origin.namespace, origin.user) == (account.namespace, f"{account.account_id}:bob")
+    assert (origin.namespace, origin.user) == (account.namespace, str(account.account_id))
     assert left_over(store) == 0
 
 
@@ -232,3 +233,18 @@ def test_a_charge_that_fails_is_in_the_log_with_all_that_it_was(
     assert f"{response.headers['x-request-id']} was not charged" in caplog.text
     assert "completion_tokens=" in caplog.text
     assert (left_over(store), desk.limiter.running(desk.keys.find("alice"))) == (0, 0)
+
+
+def test_accounts_that_cannot_be_written(
+    client_of: Client, desk: Desk, service: ScriptedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    key = desk.keys.create("alice")
+    monkeypatch.setattr(desk.ledger, "reserve", full)
+    (response,) = post(client_of(key, desk=desk))
+    assert response.status_code == 503 and response.headers["retry-after"] == "5"
+    check_shape(response)
+    assert not service.ran
+    assert desk.limiter.running(desk.keys.find("alice")) == 0

@@ -15,6 +15,7 @@ import pytest
 from abyssal.serve.accounts.desk import Desk
 from abyssal.serve.accounts.store import Store
 from abyssal.serve.events import EngineEvent
+from abyssal.serve.http import connection
 from abyssal.serve.http.connection import Connection
 from tests.support.running_app import Running, running
 from tests.support.scripted_service import ScriptedService, saying
@@ -222,3 +223,22 @@ def test_large_bodies_stall_nobody(app_of: App) -> None:
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
     assert sorted(waits)[len(waits) // 2] < 0.25 and max(waits) < 1.0, waits
+
+
+def test_there_are_as_many_connections_as_file_handles_allow(app_of: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "most_connections", lambda: 2)
+
+    async def run() -> list[bytes]:
+        async with running(app_of()) as server:
+            held = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(2)]
+            await asyncio.sleep(0.05)
+            refused = await talk(server)
+            for _, writer in held:
+                writer.close()
+            await asyncio.sleep(0.05)
+            whole = b"GET /health HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+            return [refused, await talk(server, whole)]
+
+    refused, good = asyncio.run(run())
+    assert error_of(refused)[0] == 503
+    assert good.startswith(b"HTTP/1.1 200")

@@ -9,9 +9,10 @@ import pytest
 
 from abyssal.engine.messages import StructuredOutput
 from abyssal.serve.events import EngineEvent, Prepared
-from abyssal.serve.protocol.chat import UNSUPPORTED, ChatRequest, prepare
+from abyssal.serve.protocol.chat import MOST_TOOLS, UNSUPPORTED, ChatRequest, prepare
 from abyssal.serve.protocol.chat_reply import ChatReply
 from abyssal.serve.protocol.errors import ApiError
+from abyssal.text.chat_format import ChatFormat
 from abyssal.text.output_parser import parse_output
 from abyssal.text.template_parts import encode_parts
 from tests.support.serving import MODEL, events, served
@@ -355,3 +356,27 @@ def test_answers_are_json() -> None:
     assert json.loads(json.dumps(whole, allow_nan=False)) == whole
     assert json.loads(json.dumps(stream, allow_nan=False)) == stream
     assert whole["choices"][0]["message"]["content"] == "é深"
+
+
+# ---- what would take long
+
+
+def test_what_cannot_fit_or_would_hold_up_the_engine_is_refused_before_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tool = {"type": "function", "function": {"name": "add", "strict": True}}
+    wide = {"type": "object", "properties": {f"p{index}": {"type": "string"} for index in range(9000)}}
+    monkeypatch.setattr(ChatFormat, "prompt", lambda *_: pytest.fail("the conversation was written out"))
+    text = "é" * 4 * 4096 * max(map(len, served().token_bytes))
+    long = {"type": "function", "function": {"name": "add", "description": text}}
+    for fields in ({"messages": [{**USER, "content": text}]}, {"tools": [long]}, {"messages": [USER] * 4097}):
+        error = refused(body(**fields))
+        assert (error.status, error.code) == (400, "context_length_exceeded")
+    assert refused(body(tools=[tool] * (MOST_TOOLS + 1))).param == "tools"
+    monkeypatch.undo()
+    form = {"type": "json_schema", "json_schema": {"name": "wide", "schema": wide}}
+    assert refused(body(response_format=form)).param == "response_format"
+    forced = {"type": "function", "function": {"name": "add", "parameters": wide}}
+    with pytest.raises(ApiError) as caught:
+        prepare(body(tools=[forced], tool_choice="required"), served(max_length=1 << 20))
+    assert caught.value.param == "tools"

@@ -205,3 +205,17 @@ def test_a_prompt_is_echoed_once() -> None:
     parts = events(SERVED, "the user 12", "length")
     assert len(parts) > 1
     assert answer(body(echo=True), parts)["choices"][0]["text"] == "the userthe user 12"
+
+
+def test_completions_of_all_prompts_together_are_bounded() -> None:
+    many = {"prompt": ["the user"] * 100, "n": 21}
+    assert refused(body(**many)).param == "n"
+    assert refused(body(**many | {"n": 1, "best_of": 21})).param == "best_of"
+    assert prepare(body(**many | {"n": 20}), SERVED).num_choices == 2000
+
+
+def test_a_text_that_cannot_fit_is_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(SERVED), "encode_all", lambda *_: pytest.fail("it was"))
+    most = max(map(len, SERVED.token_bytes))
+    error = refused(body(prompt="é" * (SERVED.max_length * most)))
+    assert (error.status, error.code) == (400, "context_length_exceeded")
