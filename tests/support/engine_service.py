@@ -66,13 +66,14 @@ async def collect(service: EngineService, request: Prepared, origin: Origin = OR
 
 def joined(first: EngineEvent, second: EngineEvent) -> EngineEvent:
     """Two events of a choice in a row as one."""
-    assert first.finish_reason is None and second.prompt_logprobs is None
+    assert first.finish_reason is None and second.prompt_logprobs is None is second.began
     return replace(
         second,
         text=first.text + second.text,
         token_ids=first.token_ids + second.token_ids,
         logprobs=first.logprobs + second.logprobs,
         prompt_logprobs=first.prompt_logprobs,
+        began=first.began,
     )
 
 

@@ -19,16 +19,15 @@ from abyssal.serve.protocol.errors import ApiError
 class _Waiting:
     """Events of one choice in a row."""
 
+    first: EngineEvent
     last: EngineEvent
     text: list[str]
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None
-    began: float | None
 
     @classmethod
     def of(cls, event: EngineEvent) -> _Waiting:
-        return cls(event, [event.text], list(event.token_ids), list(event.logprobs), event.prompt_logprobs, event.began)
+        return cls(event, event, [event.text], list(event.token_ids), list(event.logprobs))
 
     def add(self, event: EngineEvent) -> None:
         self.last = event
@@ -44,8 +43,8 @@ class _Waiting:
             text="".join(self.text),
             token_ids=tuple(self.token_ids),
             logprobs=tuple(self.logprobs),
-            prompt_logprobs=self.prompt_logprobs,
-            began=self.began,
+            prompt_logprobs=self.first.prompt_logprobs,
+            began=self.first.began,
         )
 
 

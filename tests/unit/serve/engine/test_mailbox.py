@@ -26,6 +26,7 @@ def event(choice: int, token: int, last: bool = False) -> EngineEvent:
         (TokenLogprobs(token, -1.0, 1),),
         (None,) if token == 0 else None,
         "stop" if last else None,
+        began=float(choice) if token == 0 else None,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -64,7 +66,7 @@ def test_answers_are_those_of_the_offline_engine(
     for number, output in enumerate(wanted):
         for each in output.outputs:
             event = found[number * 2 + each.index]
-            assert event == EngineEvent(
+            assert replace(event, began=None) == EngineEvent(
                 number,
                 each.index,
                 each.text,
@@ -212,3 +214,32 @@ def test_a_trace_of_an_idle_engine_ends_with_its_time(running: RunningService) -
     for steps, seconds in ((0, 1.0), (5, 0.0), (1 << 30, 1.0), (5, 1e9)):
         with pytest.raises(ApiError, match="A trace has 1 to"):
             running.run(running.service.record(steps, seconds))
+
+
+def test_many_come_and_go(running: RunningService) -> None:
+    """Whoever stays gets all of it; of whoever leaves, at any moment, nothing is left."""
+    generator = random.Random(5)
+
+    async def ask(number: int) -> bool:
+        length = generator.randrange(1, 40)
+        params = replace(PARAMS, n=generator.randrange(1, 3), seed=number, max_tokens=length)
+        events = running.service.run(prepared([(5, number)], params), ORIGIN)
+        leaves_after = generator.choice([None, generator.randrange(0, 2 * length)])
+        found = 0
+        async for event in events:
+            found += len(event.token_ids)
+            if leaves_after is not None and found >= leaves_after:
+                break
+        await events.aclose()
+        return leaves_after is not None or found == params.n * length
+
+    async def all_of_them() -> list[bool]:
+        return await asyncio.gather(*(ask(number) for number in range(150)))
+
+    descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    assert all(running.run(all_of_them()))
+    assert running.service.num_running == 0
+    statistics = running.run(newest_statistics(running.service))
+    assert (statistics.running, statistics.waiting, statistics.used_pages) == (0, 0, 0)
+    if descriptors:
+        assert len(os.listdir("/proc/self/fd")) <= descriptors
