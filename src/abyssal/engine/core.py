@@ -207,6 +207,7 @@ class Engine:
         most_drafts = None if self._gain is None else self._gain.begin(self.scheduler.num_writing)
         plan = self.scheduler.plan(most_drafts)
         self._phase("plan", plan)
+        self._note_beginnings(plan)
         begun = time.perf_counter()
         launched = self._runner.launch(plan)
         self._phase("launch")
@@ -221,6 +222,12 @@ class Engine:
             self._take_in(self._mover.arrivals(IMPORT_SECONDS))
             progress += self.scheduler.take_progress()
         return progress
+
+    def _note_beginnings(self, plan: StepPlan) -> None:
+        for chunk in plan.chunks:
+            live = self._live[chunk.sequence]
+            if live.began is None:
+                live.began = self._clock()
 
     def _phase(self, name: str, plan: StepPlan | None = None) -> None:
         if self.on_phase is not None:

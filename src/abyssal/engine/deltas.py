@@ -85,6 +85,7 @@ def _news(live: LiveSequence, told: _Told, scored: Sequence[TokenLogprobs | None
         live.cached_tokens,
         0,
         live.error,
+        began=live.began if first else None,
     )
 
 
@@ -102,4 +103,5 @@ def _last(output: RequestOutput, completion: CompletionOutput, told: _Told) -> D
         completion.cached_tokens,
         output.discarded_tokens if completion.index == 0 else 0,
         (output.error or "") if completion.finish_reason == "error" else "",
+        began=None if told.begun else completion.began,
     )

@@ -68,6 +68,8 @@ class LiveSequence:
         self.versions: list[tuple[int, int]] = []
         """Of the weights, and how many output tokens in a row were sampled with them."""
         self.cached_tokens = 0
+        self.began: float | None = None
+        """When its first step began, by the engine's clock; until then it was in the queue."""
         self.finish_reason: FinishReason | None = None
         self.error = ""
         self.seed = seed
@@ -195,4 +197,5 @@ class LiveSequence:
             stop_reason=self.text.stop_reason,
             experts=experts,
             versions=tuple(self.versions),
+            began=self.began,
         )

@@ -360,6 +360,8 @@ class CompletionOutput:
     versions: tuple[tuple[int, int], ...] = ()
     """(version of the weights, output tokens in a row sampled with it), in order: one pair unless the weights were
     updated under way.  Tokens sampled elsewhere (``Request.output_ids``) are not counted."""
+    began: float | None = field(default=None, compare=False)
+    """When its first step began, by the engine's clock; until then it was in the queue.  None before."""
 
     @property
     def weights_version(self) -> int | None:

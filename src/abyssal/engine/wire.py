@@ -81,6 +81,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True):
     """Why the request failed, or was refused before it began (``refused``)."""
     refused: bool = False
     """The request itself is at fault: its parameters cannot be met."""
+    began: float | None = None
+    """When its first step began, by this machine's monotonic clock: with a completion's first delta."""
 
 
 class Statistics(msgspec.Struct, frozen=True, tag=True):

@@ -84,6 +84,9 @@ class EngineEvent:
     """Output tokens of completions that ``best_of`` left out, with the last event of a prompt's first choice."""
     error: ApiError | None = None
     """The request failed; no more events come."""
+    began: float | None = field(default=None, compare=False)
+    """When the engine began with it, by the monotonic clock; until then it was in the queue.  With the first event of
+    each choice, where it is known."""
 
 
 @dataclass(frozen=True)

@@ -343,6 +343,7 @@ class EngineService:
                 delta.stop_reason,
                 delta.cached_tokens,
                 delta.discarded_tokens,
+                began=delta.began,
             )
         )
 

@@ -28,6 +28,18 @@ RECENT = 30.0
 """Seconds over which the board's time to a first token is a median."""
 
 
+@dataclass(frozen=True)
+class Times:
+    """Of one request, in seconds since it came."""
+
+    whole: float
+    """Until its end."""
+    first_token: float | None = None
+    """None where none came."""
+    queue: float | None = None
+    """Until the engine began with it; None where that is not known."""
+
+
 @dataclass
 class ModelFigures:
     """Of the requests of one model."""
@@ -38,6 +50,12 @@ class ModelFigures:
     between_tokens: Histogram = field(default_factory=lambda: Histogram(BETWEEN_TOKENS))
     per_output_token: Histogram = field(default_factory=lambda: Histogram(BETWEEN_TOKENS))
     """A request's mean between tokens."""
+    queue: Histogram = field(default_factory=lambda: Histogram(WHOLE_REQUEST))
+    """Before the engine began with it."""
+    prefill: Histogram = field(default_factory=lambda: Histogram(WHOLE_REQUEST))
+    """From there to its first token."""
+    decode: Histogram = field(default_factory=lambda: Histogram(WHOLE_REQUEST))
+    """From there to its end."""
     whole: Histogram = field(default_factory=lambda: Histogram(WHOLE_REQUEST))
     prompt_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
     output_tokens: Histogram = field(default_factory=lambda: Histogram(TOKENS))
@@ -75,27 +93,29 @@ class Figures:
         model.first_token.add(seconds)
         self._recent.append((self._ticks(), seconds))
 
-    def ended(
-        self, model: ModelFigures, reason: str, outcome: Outcome, seconds: float, first_token: float | None
-    ) -> None:
+    def ended(self, model: ModelFigures, reason: str, outcome: Outcome, times: Times) -> None:
         """A request that the engine or another provider had begun has ended.
 
         Args:
             reason: one of :data:`REASONS`.
-            seconds: since it came.
-            first_token: seconds until its first token; None for none.
         """
         usage = outcome.usage or Usage()
         model.finished[REASONS.get(reason, "error")] += 1
-        model.whole.add(seconds)
+        model.whole.add(times.whole)
         model.prompt_tokens.add(usage.prompt_tokens)
         model.output_tokens.add(usage.completion_tokens)
         model.cached_tokens += usage.cached_tokens
         model.reasoning_tokens += usage.reasoning_tokens
         model.charged += outcome.cost
         model.saved += outcome.saved
-        if first_token is not None and usage.completion_tokens > 1:
-            model.per_output_token.add((seconds - first_token) / (usage.completion_tokens - 1))
+        if times.first_token is None:
+            return
+        if usage.completion_tokens > 1:
+            model.per_output_token.add((times.whole - times.first_token) / (usage.completion_tokens - 1))
+        if times.queue is not None:
+            model.queue.add(times.queue)
+            model.prefill.add(times.first_token - times.queue)
+            model.decode.add(times.whole - times.first_token)
 
     def response(self, endpoint: str, status: int, seconds: float) -> None:
         """A response was sent to its end, or broken off."""

@@ -70,6 +70,9 @@ _HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelFigures], Histogram]], ...] = 
         lambda model: model.per_output_token,
     ),
     ("vllm:e2e_request_latency_seconds", "From a request's arrival to its end.", lambda model: model.whole),
+    ("vllm:request_queue_time_seconds", "Before the engine began with a request.", lambda model: model.queue),
+    ("vllm:request_prefill_time_seconds", "From there to its first token.", lambda model: model.prefill),
+    ("vllm:request_decode_time_seconds", "From there to its end.", lambda model: model.decode),
     ("vllm:request_prompt_tokens", "Of a request.", lambda model: model.prompt_tokens),
     ("vllm:request_generation_tokens", "Of a request, all answers together.", lambda model: model.output_tokens),
 )

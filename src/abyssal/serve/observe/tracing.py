@@ -105,9 +105,13 @@ class RequestSpan:
         self.span.set_attributes(attributes)
         self.span.add_event("queued")
 
+    def prefill(self, ago: float) -> None:
+        """The engine began with the prompt, ``ago`` seconds before now."""
+        self.span.add_event("prefill", timestamp=_moment(ago))
+
     def first_token(self) -> None:
         """The prompt is computed; from here on it is decoding."""
-        self.span.add_event("first_token")
+        self.span.add_event("decode")
 
     def end(self, outcome: Outcome, reasons: Sequence[str], first_token: float | None) -> None:
         """The response is over.

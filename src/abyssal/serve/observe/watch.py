@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from abyssal.serve.events import EngineEvent, Prepared
-from abyssal.serve.observe.figures import Figures
+from abyssal.serve.observe.figures import Figures, Times
 from abyssal.serve.observe.logs import LOGGER
 from abyssal.serve.observe.tracing import RequestSpan, Tracing
 from abyssal.serve.observer import Arrival, Outcome
@@ -52,6 +52,7 @@ class RequestWatch:
         self._observer = observer
         self._arrival = arrival
         self._prepared: Prepared | None = None
+        self._queue: float | None = None
         self._first: float | None = None
         self._last: dict[int, float] = {}
         """When each choice's newest token came."""
@@ -74,12 +75,19 @@ class RequestWatch:
         prepared = self._prepared
         choice = prepared.choice_of(event) if prepared is not None else 0
         count = len(event.token_ids) if prepared is not None else 1
+        if event.began is not None and self._queue is None:
+            self._begun(event.began, now)
         if count:
             self._tokens(choice, count, now)
         if event.finish_reason is not None:
             self._reasons[choice] = event.finish_reason
         if event.text and self._observer.decode is not None:
             self._texts[choice] = (self._texts.get(choice, "") + event.text)[:MOST_TEXT]
+
+    def _begun(self, at: float, now: float) -> None:
+        self._queue = max(0.0, at - self._arrival.at)
+        if self._span is not None:
+            self._span.prefill(max(0.0, now - at))
 
     def _tokens(self, choice: int, count: int, now: float) -> None:
         if self._first is None:
@@ -104,7 +112,7 @@ class RequestWatch:
         if self._prepared is None and outcome.usage is not None:
             self._routed(outcome)
         if self._prepared is not None or outcome.usage is not None:
-            figures.ended(self._model, self._reason(outcome), outcome, seconds, self._first)
+            figures.ended(self._model, self._reason(outcome), outcome, Times(seconds, self._first, self._queue))
         if self._span is not None:
             self._span.end(outcome, [self._reasons[choice] for choice in sorted(self._reasons)], self._first)
         self._log(outcome, seconds)
@@ -148,6 +156,7 @@ class RequestWatch:
             "output_tokens": usage and usage.completion_tokens,
             "reasoning_tokens": (usage and usage.reasoning_tokens) or None,
             "cost_nano": outcome.cost or None,
+            "queue": None if self._queue is None else round(self._queue, 4),
             "first_token": None if self._first is None else round(self._first, 4),
             "seconds": round(seconds, 4),
         }

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from abyssal.engine.wire import Statistics
 from abyssal.serve.events import Usage
-from abyssal.serve.observe.figures import Figures
+from abyssal.serve.observe.figures import Figures, Times
 from abyssal.serve.observe.metrics import Metrics
 from abyssal.serve.observe.totals import EngineTotals
 from abyssal.serve.observer import Outcome
@@ -27,7 +27,7 @@ QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel.g
 def samples() -> dict[str, set[str]]:
     """Labels by name, of a server that has served something."""
     service, figures = StandIn(statistics=Statistics(drafted=(2,), accepted=(1,))), Figures()
-    figures.ended(figures.model("tiny"), "stop", Outcome(200, usage=Usage(1, 1, 0, 0)), 1.0, 0.5)
+    figures.ended(figures.model("tiny"), "stop", Outcome(200, usage=Usage(1, 1, 0, 0)), Times(1.0, 0.5))
     figures.response("/v1/chat/completions", 200, 1.0)
     text = generate_latest(Metrics("tiny", service, EngineTotals(), figures, "USD").registry).decode()
     found: dict[str, set[str]] = {}

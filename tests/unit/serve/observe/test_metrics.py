@@ -9,7 +9,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from abyssal.serve.events import Usage
-from abyssal.serve.observe.figures import MOST_MODELS, OTHER, Figures
+from abyssal.serve.observe.figures import MOST_MODELS, OTHER, Figures, Times
 from abyssal.serve.observe.histogram import Histogram
 from abyssal.serve.observe.metrics import Metrics
 from abyssal.serve.observe.totals import EngineTotals
@@ -81,8 +81,8 @@ def test_requests_by_how_they_ended() -> None:
     model = figures.model("tiny")
     outcome = Outcome(200, usage=Usage(12, 5, 8, 2), cost=3_000_000_000, saved=500_000_000)
     figures.first_token(model, 0.05)
-    figures.ended(model, "stop", outcome, 0.45, 0.05)
-    figures.ended(model, "cancelled", Outcome(200, disconnected=True, usage=Usage(12, 1, 0, 0)), 0.1, 0.05)
+    figures.ended(model, "stop", outcome, Times(0.45, 0.05, 0.02))
+    figures.ended(model, "cancelled", Outcome(200, disconnected=True, usage=Usage(12, 1, 0, 0)), Times(0.1, 0.05))
     figures.response("/v1/chat/completions", 200, 0.45)
     samples, tiny = scraped(metrics), {"model_name": "tiny"}
     assert value(samples, "vllm:request_success_total", finished_reason="stop", **tiny) == 1
@@ -95,6 +95,10 @@ def test_requests_by_how_they_ended() -> None:
     # Of one token there is nothing between: only the first request has such a time.
     assert value(samples, "vllm:request_time_per_output_token_seconds_count", **tiny) == 1
     assert value(samples, "vllm:request_time_per_output_token_seconds_sum", **tiny) == pytest.approx(0.1)
+    # Only of the first is it known when the engine began with it.
+    for part, seconds in (("queue", 0.02), ("prefill", 0.03), ("decode", 0.4)):
+        assert value(samples, f"vllm:request_{part}_time_seconds_count", **tiny) == 1
+        assert value(samples, f"vllm:request_{part}_time_seconds_sum", **tiny) == pytest.approx(seconds)
     assert value(samples, "abyssal:request_cached_tokens_total", **tiny) == 8
     assert value(samples, "abyssal:request_reasoning_tokens_total", **tiny) == 2
     assert value(samples, "abyssal:charged_money_total", currency="USD", **tiny) == 3
@@ -106,7 +110,7 @@ def test_requests_by_how_they_ended() -> None:
 def test_models_that_run_elsewhere_are_counted_by_their_usage() -> None:
     metrics, service, figures = made()
     service.change(prompt_tokens=100)
-    figures.ended(figures.model("other/gpt"), "stop", Outcome(200, usage=Usage(7, 3, 0, 0)), 1.0, None)
+    figures.ended(figures.model("other/gpt"), "stop", Outcome(200, usage=Usage(7, 3, 0, 0)), Times(1.0))
     samples = scraped(metrics)
     assert value(samples, "vllm:prompt_tokens_total", model_name="other/gpt") == 7
     assert value(samples, "vllm:generation_tokens_total", model_name="other/gpt") == 3
@@ -123,7 +127,7 @@ def test_invented_names_do_not_fill_the_memory() -> None:
 
 def test_labels_are_escaped() -> None:
     metrics, _, figures = made()
-    figures.ended(figures.model('a"b\\c\nd'), "stop", Outcome(200, usage=Usage(1, 1, 0, 0)), 1.0, None)
+    figures.ended(figures.model('a"b\\c\nd'), "stop", Outcome(200, usage=Usage(1, 1, 0, 0)), Times(1.0))
     assert value(scraped(metrics), "vllm:e2e_request_latency_seconds_count", model_name='a"b\\c\nd') == 1
 
 

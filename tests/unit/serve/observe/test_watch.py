@@ -31,11 +31,11 @@ def tokens(*ids: int, text: str = "", **values: object) -> EngineEvent:
 
 
 def serve(observer: RequestObserver, clock: Clock, outcome: Outcome = DONE, arrival: Arrival = ARRIVAL) -> None:
-    """A request whose first token takes 0.5 s, with two more after 0.2 s and a last one after 0.1 s."""
+    """A request that waits for 0.2 s; its first token comes 0.3 s later, two after 0.2 s more, the last after 0.1 s."""
     watch = observer.begin(arrival)
     watch.prepared(PREPARED, ORIGIN)
     for pause, event in (
-        (0.5, tokens(5, text="secret")),
+        (0.5, tokens(5, text="secret", began=1000.2)),
         (0.2, tokens(6, 7, text=" answer")),
         (0.1, tokens(8, finish_reason="stop")),
     ):
@@ -61,6 +61,7 @@ def test_times_are_of_the_tokens() -> None:
     assert (model.between_tokens.count, model.between_tokens.sum) == (3, pytest.approx(0.3))
     assert model.per_output_token.sum == pytest.approx(0.1)
     assert model.whole.sum == pytest.approx(0.8)
+    assert (model.queue.sum, model.prefill.sum, model.decode.sum) == pytest.approx((0.2, 0.3, 0.3))
     assert (model.cached_tokens, model.reasoning_tokens, model.charged, model.saved) == (2, 1, 7, 5)
     assert model.finished == {"stop": 1}
     assert figures.responses == {("/v1/chat/completions", 200): 1}
@@ -123,6 +124,7 @@ def test_the_log_has_a_line_a_request_and_no_text(caplog: pytest.LogCaptureFixtu
         "output_tokens": 4,
         "reasoning_tokens": 1,
         "cost_nano": 7,
+        "queue": 0.2,
         "first_token": 0.5,
         "seconds": 0.8,
     }
@@ -177,7 +179,9 @@ def test_a_span_has_the_conventions_names() -> None:
         "gen_ai.usage.cache_read.input_tokens": 2,
         "gen_ai.usage.reasoning.output_tokens": 1,
     }
-    assert [event.name for event in span.events] == ["queued", "first_token"]
+    assert [event.name for event in span.events] == ["queued", "prefill", "decode"]
+    # The tests' clock moves without the world's: only what lies between begin and token is told by both.
+    assert (span.events[2].timestamp - span.events[1].timestamp) / 1e9 == pytest.approx(0.3, abs=0.05)
     assert span.resource.attributes["service.name"] == "abyssal"
 
 
