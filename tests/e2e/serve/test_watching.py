@@ -53,6 +53,9 @@ def test_metrics_count_what_was_answered(server: LiveServer) -> None:
     assert grown["vllm:time_to_first_token_seconds_count", ""] == 2
     assert grown["vllm:inter_token_latency_seconds_count", ""] == 46
     assert grown["vllm:request_generation_tokens_sum", ""] == 48
+    parts = [grown[f"vllm:request_{part}_time_seconds_sum", ""] for part in ("queue", "prefill", "decode")]
+    assert grown["vllm:request_queue_time_seconds_count", ""] == 2 and min(parts) > 0
+    assert abs(sum(parts) - grown["vllm:e2e_request_latency_seconds_sum", ""]) < 1e-6
     assert grown["abyssal:http_responses_total", "/v1/completions"] == 2
     assert 0 < grown["vllm:time_to_first_token_seconds_sum", ""] < grown["vllm:e2e_request_latency_seconds_sum", ""]
     assert after["abyssal:engine_state", "ready"] == 1 and after["abyssal:pages", ""] > 0
