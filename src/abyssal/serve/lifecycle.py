@@ -45,7 +45,8 @@ class Lifecycle:
     def end(self) -> None:
         """Drain, and end."""
         if not self._ending.is_set():
-            log.info("shutting down: %d requests are finished first", self._front.gate.running)
+            running = self._front.gate.running
+            log.info("shutting down%s", f": {running} requests are finished first" if running else "")
         self._front.gate.drain()
         self._ending.set()
 

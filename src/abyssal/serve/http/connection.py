@@ -16,8 +16,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from abyssal.serve.http.dialect import OPENAI, encode
 from abyssal.serve.protocol.errors import ApiError
 
-CLOSE = "abyssal.close"
-"""Of a scope's ``extensions``: ``{"close": close}``, which ends the connection after what was written."""
+CONNECTION = "abyssal.connection"
+"""Of a scope's ``extensions``: ``close``, which ends the connection after what was written, and ``abort``, at once."""
 HEADER_SECONDS = 10.0
 HEADER_BYTES = 64 << 10
 _SPARE_FILES = 128
@@ -63,7 +63,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._stop_timer()
         self._head_bytes = 0
-        self.scope["extensions"] = {CLOSE: {"close": self.transport.close}}  # type: ignore[typeddict-item]
+        ends = {"close": self.transport.close, "abort": self.transport.abort}
+        self.scope["extensions"] = {CONNECTION: ends}  # type: ignore[typeddict-item]
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:

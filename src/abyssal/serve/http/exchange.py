@@ -86,6 +86,7 @@ class _Run:
             await self._answer(account, refused, watch)
         except ClientGone:
             self._gone = True
+            await self._output.abort()
         except asyncio.CancelledError:
             self._gone = True
             raise

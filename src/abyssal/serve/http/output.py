@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from starlette.types import Scope, Send
 
 from abyssal.serve.http.body import ClientGone
-from abyssal.serve.http.connection import CLOSE
+from abyssal.serve.http.connection import CONNECTION
 from abyssal.serve.http.dialect import EMPTY_LINE, JSON_TYPE, KEEP_ALIVE, STREAM_TYPE, Dialect, encode
 from abyssal.serve.protocol.errors import ApiError
 
@@ -75,11 +75,19 @@ class Output:
         else:
             await self._break_off(raw)
 
+    async def abort(self) -> None:
+        """The client is gone, or counts as gone: what it has not taken would keep the connection."""
+        await self._end_connection("abort")
+
     async def _break_off(self, raw: bytes) -> None:
-        close = self._scope.get("extensions", {}).get(CLOSE)
-        await self._write(raw, last=close is None)
-        if close is not None:
-            close["close"]()
+        await self._write(raw, last=CONNECTION not in self._scope.get("extensions", {}))
+        await self._end_connection("close")
+
+    async def _end_connection(self, how: str) -> None:
+        ends = self._scope.get("extensions", {}).get(CONNECTION)
+        if ends is not None:
+            ends[how]()
+            await asyncio.sleep(0)  # in which the server learns of it
 
     async def _begin(self, stream: bool) -> None:
         if self.status is None:

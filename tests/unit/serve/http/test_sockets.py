@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -97,20 +98,25 @@ def test_a_client_that_leaves_ends_its_request_at_once(
     assert desk.limiter.running(desk.keys.find("alice")) == 0
 
 
-def test_a_client_that_takes_nothing_counts_as_gone(app_of: App, service: ScriptedService) -> None:
+def test_a_client_that_takes_nothing_counts_as_gone(
+    app_of: App, service: ScriptedService, caplog: pytest.LogCaptureFixture
+) -> None:
     service.script = lambda prepared: [EngineEvent(text="x" * 200_000, token_ids=(1,)) for _ in range(100)]
 
     async def run() -> None:
         async with running(app_of(write_seconds=0.2)) as server:
+            before = len(os.listdir("/proc/self/fd"))
             _, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1024)
             raw = json.dumps({"model": MODEL, "prompt": "the", "stream": True}).encode()
             head = HEAD.replace(b"/chat", b"")
             writer.write(head + b"content-length: %d\r\n\r\n" % len(raw) + raw)
             await until(lambda: server.front.gate.running == 1)
             await until(lambda: server.front.gate.running == 0, 20)
+            await until(lambda: len(os.listdir("/proc/self/fd")) == before + 1)  # the client's own end
             writer.transport.abort()
 
     asyncio.run(run())
+    assert not caplog.records
 
 
 def test_a_slow_head_and_a_slow_body(app_of: App, monkeypatch: pytest.MonkeyPatch) -> None:
