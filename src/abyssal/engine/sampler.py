@@ -10,8 +10,9 @@ two similar distributions that race with the same numbers mostly choose the same
 target's numbers is mostly accepted, and accepted or not, the tokens are those of plain sampling, bit for bit
 (:mod:`abyssal.engine.verify`).
 
-Everything is NumPy on the CPU, vectorised over rows.  Every function used gives a row the same bits whatever the other
-rows are, which torch's sums do not.  On a GPU the logits cross to the host: 0.5 MB a row at 129K tokens.
+The definition is NumPy on the CPU, vectorised over rows; mostly only the few tokens that may win are looked at
+(:mod:`abyssal.engine.quick_race`).  Every function used gives a row the same bits whatever the other rows are, which
+torch's sums do not.  On a GPU the logits cross to the host: 0.5 MB a row at 129K tokens.
 
 Legend: T rows, R of them, V vocabulary.
 """
@@ -29,10 +30,13 @@ from torch import Tensor
 from abyssal.engine.logprobs import row_blocks
 from abyssal.engine.messages import SamplingParams
 from abyssal.engine.penalties import TokenHistory, add_bias, has_penalty, penalise
+from abyssal.engine.quick_race import UNDECIDED, quick_race
 from abyssal.engine.random import Purpose, exponentials, exponentials_at
 
 BLOCK_ELEMENTS = 1 << 17
-"""Logits that are drawn from at once: 1 MiB in FP64."""
+"""Logits that are drawn from at once by the definition: 1 MiB in FP64."""
+_QUICK_ELEMENTS = 1 << 22
+"""Logits whose contenders are looked for at once."""
 
 _Kind = Literal["all", "top-p", "top-k"]
 
@@ -84,11 +88,20 @@ def sample_rows(logits_TV: np.ndarray, rows: Sequence[Row], purpose: Purpose = P
     verification; drafts that are to be the target's own choices are drawn for ``SAMPLE``.
     """
     tokens_T, errors = _likeliest(logits_TV, rows)
-    for drawn, kind, weights_RV in _drawn(logits_TV, rows, tokens_T, errors):
+    for drawn, kind, logits_RV in _drawn(logits_TV, rows, tokens_T, errors, _QUICK_ELEMENTS):
         group = [rows[row] for row in drawn]
-        if kind == "all":
-            _apply_min_p(weights_RV, group)
-        tokens_T[drawn] = _RACES[kind](weights_RV, group, purpose)
+        if kind == "top-k":
+            tokens_T[drawn] = top_k_race(logits_RV, tokens_T[drawn], group, purpose)
+            continue
+        tokens_R = quick_race(logits_RV, tokens_T[drawn], group, purpose)
+        left = np.flatnonzero(tokens_R == UNDECIDED)
+        for block in row_blocks(len(left), logits_TV.shape[1], BLOCK_ELEMENTS):
+            members = left[block]
+            best_R = tokens_T[[drawn[member] for member in members]]
+            weights_RV = _weights(logits_RV[members], best_R, [group[member] for member in members])
+            finish = top_p_race if kind == "top-p" else min_p_race
+            tokens_R[members] = finish(weights_RV, [group[member] for member in members], purpose)
+        tokens_T[drawn] = tokens_R
     return Draws(tokens_T, errors)
 
 
@@ -96,8 +109,9 @@ def distribution(logits_TV: np.ndarray, rows: Sequence[Row]) -> tuple[np.ndarray
     """The probabilities that :func:`sample_rows` draws by, FP64 (T, V), and errors as there (their rows are 0)."""
     tokens_T, errors = _likeliest(logits_TV, rows)
     probabilities_TV = np.zeros(logits_TV.shape, np.float64)
-    for drawn, kind, weights_RV in _drawn(logits_TV, rows, tokens_T, errors):
+    for drawn, kind, logits_RV in _drawn(logits_TV, rows, tokens_T, errors, BLOCK_ELEMENTS):
         group = [rows[row] for row in drawn]
+        weights_RV = _weights(logits_RV, tokens_T[drawn], group)
         if kind != "all":
             _narrow(weights_RV, group)
         _apply_min_p(weights_RV, group)
@@ -111,6 +125,12 @@ def distribution(logits_TV: np.ndarray, rows: Sequence[Row]) -> tuple[np.ndarray
 def race(weights_RV: np.ndarray, rows: Sequence[Row], purpose: Purpose) -> np.ndarray:
     """Tokens (R,) drawn with probability proportional to the weights, of which each row has one above 0."""
     return _times(weights_RV, rows, purpose).argmin(axis=-1)
+
+
+def min_p_race(weights_RV: np.ndarray, rows: Sequence[Row], purpose: Purpose) -> np.ndarray:
+    """The :func:`race` of what min-p leaves."""
+    _apply_min_p(weights_RV, rows)
+    return race(weights_RV, rows, purpose)
 
 
 def top_p_race(weights_RV: np.ndarray, rows: Sequence[Row], purpose: Purpose) -> np.ndarray:
@@ -133,25 +153,24 @@ def top_p_race(weights_RV: np.ndarray, rows: Sequence[Row], purpose: Purpose) ->
     return tokens_R
 
 
-def top_k_race(weights_RV: np.ndarray, rows: Sequence[Row], purpose: Purpose) -> np.ndarray:
-    """The :func:`race` of what top-k, top-p and min-p leave: of so few tokens that only their numbers are made."""
+def top_k_race(logits_RV: np.ndarray, best_R: np.ndarray, rows: Sequence[Row], purpose: Purpose) -> np.ndarray:
+    """The :func:`race` of what top-k, top-p and min-p leave of FP32 logits: of so few tokens that only their weights
+    and numbers are made."""
     ids, weights = [], []
-    for member, weights_V in zip(rows, weights_RV, strict=True):
-        least = np.partition(weights_V, -member.params.top_k)[-member.params.top_k]
-        ids_U = np.flatnonzero(weights_V >= least)
-        weights_1U = weights_V[None, ids_U]
-        _narrow(weights_1U, [member])
-        _apply_min_p(weights_1U, [member])
-        ids.append(ids_U[weights_1U[0] > 0])
-        weights.append(weights_V[ids[-1]])
+    for member, logits_V, best in zip(rows, logits_RV, best_R, strict=True):
+        least = np.partition(logits_V, -member.params.top_k)[-member.params.top_k]
+        ids_U = np.flatnonzero(logits_V >= least)
+        weights_1U = _weights(logits_V[None, ids_U], np.searchsorted(ids_U, [best]), [member])
+        kept_1U = weights_1U.copy()
+        _narrow(kept_1U, [member])
+        _apply_min_p(kept_1U, [member])
+        ids.append(ids_U[kept_1U[0] > 0])
+        weights.append(weights_1U[0, kept_1U[0] > 0])
     rows_N = np.repeat(np.arange(len(rows)), [len(ids_U) for ids_U in ids])
     seeds, positions = [row.seed for row in rows], [row.position for row in rows]
     times_N = exponentials_at(seeds, positions, purpose, rows_N, np.concatenate(ids)) / np.concatenate(weights)
     times = np.split(times_N, np.flatnonzero(np.diff(rows_N)) + 1)
     return np.array([ids_U[times_U.argmin()] for ids_U, times_U in zip(ids, times, strict=True)])
-
-
-_RACES = {"all": race, "top-p": top_p_race, "top-k": top_k_race}
 
 
 def _times(weights_RV: np.ndarray, rows: Sequence[Row], purpose: Purpose) -> np.ndarray:
@@ -175,19 +194,21 @@ def _likeliest(logits_TV: np.ndarray, rows: Sequence[Row]) -> tuple[np.ndarray, 
 
 
 def _drawn(
-    logits_TV: np.ndarray, rows: Sequence[Row], best_T: np.ndarray, errors: dict[int, str]
+    logits_TV: np.ndarray, rows: Sequence[Row], best_T: np.ndarray, errors: dict[int, str], elements: int
 ) -> Iterator[tuple[list[int], _Kind, np.ndarray]]:
-    """The rows to be drawn at random, a few at a time and alike: their numbers, which tokens are cut off by rank, and
-    unnormalised probabilities before that.  ``best_T`` and ``errors`` are completed with what editing makes of rows."""
+    """The rows to be drawn at random, about ``elements`` logits at a time and alike: their numbers, how tokens are cut
+    off by rank, and logits before that.  ``best_T`` and ``errors`` are completed with what editing makes of rows."""
     vocab_size = logits_TV.shape[1]
     worked = [
         row
         for row, member in enumerate(rows)
         if (member.params.temperature > 0 or _is_edited(member)) and row not in errors
     ]
-    for members in row_blocks(len(worked), vocab_size, BLOCK_ELEMENTS):
+    for members in row_blocks(len(worked), vocab_size, elements):
         block = worked[members]
-        logits_RV = logits_TV[block]
+        in_a_row = block[-1] - block[0] + 1 == len(block)
+        as_they_are = in_a_row and not any(_is_edited(rows[row]) for row in block)
+        logits_RV = logits_TV[block[0] : block[-1] + 1] if as_they_are else logits_TV[block]
         groups: dict[_Kind, list[int]] = {}
         for index, row in enumerate(block):
             if _is_edited(rows[row]):
@@ -199,9 +220,7 @@ def _drawn(
                 groups.setdefault(_kind_of(rows[row].params, vocab_size), []).append(index)
         for kind, chosen in groups.items():
             drawn = [block[index] for index in chosen]
-            temperatures_R = np.array([rows[row].params.temperature for row in drawn])
-            chosen_RV = logits_RV if len(drawn) == len(block) else logits_RV[chosen]
-            yield drawn, kind, _weights(chosen_RV, best_T[drawn], temperatures_R)
+            yield drawn, kind, logits_RV if len(drawn) == len(block) else logits_RV[chosen]
 
 
 def _kind_of(params: SamplingParams, vocab_size: int) -> _Kind:
@@ -252,8 +271,9 @@ def _kind(row: Row) -> str:
     return "structure" if row.params.structured is None else row.params.structured.kind
 
 
-def _weights(logits_RV: np.ndarray, best_R: np.ndarray, temperatures_R: np.ndarray) -> np.ndarray:
+def _weights(logits_RV: np.ndarray, best_R: np.ndarray, rows: Sequence[Row]) -> np.ndarray:
     """Unnormalised probabilities, FP64: 1 for the likeliest token."""
+    temperatures_R = np.array([row.params.temperature for row in rows])
     weights_RV = logits_RV.astype(np.float64)
     weights_RV -= weights_RV[np.arange(len(best_R)), best_R][:, None]
     with np.errstate(over="ignore"):

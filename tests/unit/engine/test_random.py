@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from abyssal.engine.random import Purpose, exponentials, exponentials_at, fork_seed, fresh_seed, philox, uniforms
+from abyssal.engine.random import Purpose, exponentials, exponentials_at, fork_seed, fresh_seed, uniforms
+from abyssal.kernels.counter_random import philox
 
 PI = "243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"
 ONES = "ffffffff " * 4, "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"
