@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from abyssal.engine.messages import SamplingParams
 from abyssal.engine.wire import Statistics
-from abyssal.serve.engine.service import EngineService, Supervision
+from abyssal.serve.engine.service import EngineService
+from abyssal.serve.engine.supervisor import Supervision
 from abyssal.serve.events import EngineEvent, Prepared
 from abyssal.serve.service import Origin
 

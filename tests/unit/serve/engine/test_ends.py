@@ -17,7 +17,8 @@ import pytest
 from abyssal.engine.config import EngineConfig
 from abyssal.engine.llm import LLM
 from abyssal.engine.messages import SamplingParams
-from abyssal.serve.engine.service import EngineService, Supervision
+from abyssal.serve.engine.service import EngineService
+from abyssal.serve.engine.supervisor import Supervision
 from abyssal.serve.protocol.errors import ApiError
 from abyssal.serve.service import State
 from tests.support.engine_service import RunningService, collect, newest_statistics, prepared, until

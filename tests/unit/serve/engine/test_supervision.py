@@ -14,7 +14,8 @@ from abyssal.engine.messages import SamplingParams
 from abyssal.engine.wire import Add, Command, Delta, Failed, News, Ready, Report, Statistics
 from abyssal.serve.engine import service as service_module
 from abyssal.serve.engine.served import FolderText
-from abyssal.serve.engine.service import EngineService, Supervision
+from abyssal.serve.engine.service import EngineService
+from abyssal.serve.engine.supervisor import Supervision
 from abyssal.serve.protocol.errors import ApiError
 from abyssal.serve.service import Origin, State
 from tests.support import serving
