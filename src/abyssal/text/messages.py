@@ -113,7 +113,9 @@ def _calls(where: str, calls: object) -> list[dict[str, Any]]:
             )
         if not isinstance(call.get("id"), str | None):
             raise ValueError(f"{where}[{index}].id: {_shown(call.get('id'))} must be text")
-        checked.append({"type": "function", **call, "function": dict(function)})
+        if call.get("type") not in (None, "function"):
+            raise ValueError(f"{where}[{index}].type: {_shown(call['type'])} is not supported; give function")
+        checked.append({**call, "type": "function", "function": dict(function)})
     return checked
 
 

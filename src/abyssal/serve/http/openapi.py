@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from abyssal.serve.http.apis import APIS, Api
 from abyssal.serve.http.front import Front
-from abyssal.serve.http.schemas import ERRORS, FIELDS, NULL, RESPONSES
+from abyssal.serve.http.schemas import ERRORS, EVENT, FIELDS, NULL, RESPONSES
 from abyssal.serve.http.tokens import TOKENIZE_UNSUPPORTED, DetokenizeRequest, TokenizeRequest
 from abyssal.serve.protocol.common import Named, Unsupported
 
@@ -126,7 +126,7 @@ def _operation(
     """Args: front: None where no key is asked for."""
     answer = _described("the answer", response)
     if stream:
-        answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        answer["content"]["text/event-stream"] = {"schema": EVENT}
     keyed = front is not None and front.desk is not None
     told = {**errors, **(_KEY_ERRORS if keyed else {})}
     if front is not None and front.settings.hosts:

@@ -163,6 +163,9 @@ RESPONSES: Mapping[str, Schema] = {
     "Text": _object("prompt", prompt=_TEXT),
 }
 
+EVENT = _object("data", closed=False, event=_TEXT, data=_TEXT)
+"""One of a stream; its data is JSON, or ``[DONE]``."""
+
 ERRORS: Mapping[str, Schema] = {
     "Error": _object(
         "error",

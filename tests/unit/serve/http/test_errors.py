@@ -85,12 +85,13 @@ def test_a_bad_body(client_of: Client, name: str) -> None:
 
 def test_an_image_and_a_strange_call_are_refused_by_name(client_of: Client) -> None:
     image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}
-    call = {"id": {}, "type": "function", "function": {"name": "f", "arguments": ""}}
-    bodies = [{**BODY, "messages": [image]}, {**BODY, "messages": [{"role": "assistant", "tool_calls": [call]}]}]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}
+    calls = [{"role": "assistant", "tool_calls": [{**call, **strange}]} for strange in ({"id": {}}, {"type": "custom"})]
+    bodies = [{**BODY, "messages": [message]} for message in (image, *calls)]
     responses = ask(client_of(), *(("POST", CHAT, {"json": body}) for body in bodies))
-    assert [response.status_code for response in responses] == [422, 422]
+    assert [response.status_code for response in responses] == [422, 422, 422]
     params = [check_shape(response)["param"] for response in responses]
-    assert params == ["messages[0].content[0]", "messages[0].tool_calls[0].id"]
+    assert params == ["messages[0].content[0]", "messages[0].tool_calls[0].id", "messages[0].tool_calls[0].type"]
 
 
 @pytest.mark.parametrize(
