@@ -75,16 +75,17 @@ def log_handler(form: Form = "auto", stream: TextIO | None = None) -> logging.Ha
 
 
 def configure(handler: logging.Handler, level: int = logging.INFO) -> None:
-    """Send abyssal's and uvicorn's records to ``handler`` alone.  For the command line: loggers belong to the process.
-    uvicorn's own line a request is left out, since ours says more."""
-    for name in ("abyssal", "uvicorn"):
+    """Send the process's records to ``handler`` alone: abyssal's and uvicorn's from ``level`` on, warnings of other
+    libraries.  For the command line, as loggers belong to the process.  uvicorn's own line a request is left out, since
+    ours says more."""
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    for name, least in (("abyssal", level), ("uvicorn", level), ("uvicorn.access", logging.WARNING)):
         logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.setLevel(level)
-        logger.propagate = False
-    for name in ("uvicorn.error", "uvicorn.access"):
-        logging.getLogger(name).handlers = []
-    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
+        logger.handlers = []
+        logger.setLevel(least)
+        logger.propagate = True
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span
 
+SECONDS = 5
+"""For a collector to take spans, other tries included: a server that ends waits as long for one that is gone."""
 _DEFAULTS = SamplingParams()
 _PARAMETERS = {
     "temperature": "gen_ai.request.temperature",
@@ -171,4 +173,4 @@ def otlp_exporter(endpoint: str) -> SpanExporter:
     except ImportError:
         raise ValueError("--otlp-endpoint needs OpenTelemetry: pip install 'abyssal[tracing]'") from None
     path = parts.path if parts.path not in ("", "/") else "/v1/traces"
-    return OTLPSpanExporter(endpoint=parts._replace(path=path).geturl())
+    return OTLPSpanExporter(endpoint=parts._replace(path=path).geturl(), timeout=SECONDS)

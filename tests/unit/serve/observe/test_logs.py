@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import logging
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abyssal.serve.observe.logs import Form, JsonFormatter, TextFormatter, log_handler
+from abyssal.serve.observe.logs import Form, JsonFormatter, TextFormatter, configure, log_handler
 
 
 def record(message: str = "request", **fields: object) -> logging.LogRecord:
@@ -83,3 +84,27 @@ def test_colors_are_for_terminals() -> None:
         handler = log_handler("text", stream)
         handler.emit(made)
         assert ("\x1b[31m" in stream.getvalue()) is colored
+
+
+@pytest.fixture
+def loggers() -> Iterator[None]:
+    """As they were afterwards."""
+    names = (None, "abyssal", "uvicorn", "uvicorn.access")
+    kept = [(log := logging.getLogger(name), log.handlers, log.level, log.propagate) for name in names]
+    yield
+    for log, handlers, level, propagate in kept:
+        log.handlers, log.propagate = handlers, propagate
+        log.setLevel(level)
+
+
+def test_every_line_of_the_process_has_the_same_form(loggers: None) -> None:
+    stream = io.StringIO()
+    configure(log_handler("json", stream))
+    logging.getLogger("abyssal.serve.requests").info("request", extra={"fields": {"status": 200}})
+    logging.getLogger("uvicorn.error").info("started")
+    logging.getLogger("uvicorn.access").info("127.0.0.1 GET /v1/models")
+    logging.getLogger("of.a.library").info("how it goes")
+    logging.getLogger("of.a.library").warning("something is odd")
+    told = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [line["message"] for line in told] == ["request", "started", "something is odd"]
+    assert told[0]["status"] == 200

@@ -193,6 +193,13 @@ def test_the_callers_trace_goes_on() -> None:
     assert f"{span.parent.span_id:016x}" == "b7ad6b7169203331"
 
 
+def test_a_caller_that_samples_not_is_not_recorded() -> None:
+    exporter = InMemorySpanExporter()
+    observer, clock, _ = observer_of(tracing=Tracing(exporter, at_once=True))
+    serve(observer, clock, arrival=replace(ARRIVAL, traceparent=f"00-{'a' * 32}-{'b' * 16}-00"))
+    assert exporter.get_finished_spans() == ()
+
+
 @pytest.mark.parametrize("header", ["", "nonsense", "00-0-0-0", "ff" * 400])
 def test_a_broken_traceparent_begins_a_trace(header: str) -> None:
     assert spans(arrival=replace(ARRIVAL, traceparent=header)).parent is None
