@@ -53,6 +53,22 @@ function withoutMarks(title) {
   return end < title.length && /[ \t]/.test(title[end - 1] ?? " ") ? title.slice(0, end).trimEnd() : title;
 }
 
+/** A text that is still being written, as it will probably go on: marks that are open in its last paragraph are closed,
+ * so that words do not jump when their partner comes. */
+export function closed(text) {
+  if ((text.match(/^ {0,3}(?:`{3}|~{3})/gm) ?? []).length % 2) return text; // amid code
+  const begin = text.lastIndexOf("\n\n") + 1, before = text.slice(0, begin);
+  let last = text.slice(begin);
+  for (const mark of ["`", "**"]) {
+    const count = last.split(mark).length - 1;
+    if (count % 2 === 0) continue;
+    const bare = last.trimEnd();
+    last = bare.endsWith(mark) ? bare.slice(0, -mark.length) : bare + mark;
+    break; // what is inside code is no mark
+  }
+  return before + last;
+}
+
 function code(lines, at, [, marks, language], blocks) {
   const held = [];
   const closes = (line) => line.trim().length >= marks.length && line.trim() === marks[0].repeat(line.trim().length);

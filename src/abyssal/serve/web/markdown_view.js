@@ -1,7 +1,7 @@
 // Markdown's tree as elements.  Only text nodes are made of a model's text, and links lead to http, https and mail.
 
 import { element } from "./elements.js";
-import { parse } from "./markdown.js";
+import { closed, parse } from "./markdown.js";
 
 /** Shows a text that grows: blocks that stayed the same keep their elements, so that a selection in them stays too. */
 export class MarkdownView {
@@ -12,8 +12,9 @@ export class MarkdownView {
     this.#target = target;
   }
 
-  show(text) {
-    const blocks = parse(text).map((block) => ({ block, key: JSON.stringify(block) }));
+  /** `growing`: more of the text is to come. */
+  show(text, growing = false) {
+    const blocks = parse(growing ? closed(text) : text).map((block) => ({ block, key: JSON.stringify(block) }));
     let same = 0;
     while (same < blocks.length && same < this.#shown.length && blocks[same].key === this.#shown[same].key) same++;
     for (const old of this.#shown.splice(same)) old.made.remove();

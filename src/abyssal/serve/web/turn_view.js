@@ -32,7 +32,7 @@ export class AnswerView {
     this.turn = turn;
     this.waiting.hidden = !turn.running || Boolean(turn.content || turn.reasoning);
     if (turn.reasoning) this.#showReasoning(turn);
-    this.#markdown.show(turn.content);
+    this.#markdown.show(turn.content, turn.running);
     this.node.classList.toggle("running", Boolean(turn.running));
     this.node.setAttribute("aria-busy", String(Boolean(turn.running)));
     say(this.fate, fateOf(turn));
@@ -51,7 +51,7 @@ export class AnswerView {
     const spent = turn.thought ? ` for ${seconds(turn.thought)}` : "";
     say(summary, thinking ? "Thinking" : `Thought${spent}`);
     pulse.hidden = !thinking;
-    view.show(turn.reasoning);
+    view.show(turn.reasoning, thinking);
   }
 
   #reasoningElement() {

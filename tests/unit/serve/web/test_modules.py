@@ -162,6 +162,20 @@ def test_markdown_is_read_as_it_is_meant() -> None:
         assert found == wanted, source
 
 
+def test_marks_that_wait_for_their_partner_are_closed_meanwhile() -> None:
+    texts = {
+        "so **far": "so **far**",
+        "so **far ": "so **far**",
+        "so **": "so ",
+        "a `b**": "a `b**`",
+        "**a** b": "**a** b",
+        "**a\n\nb": "**a\n\nb",
+        "```\na **b": "```\na **b",
+        "x\n\n```\n1\n```\n\nthe `end": "x\n\n```\n1\n```\n\nthe `end`",
+    }
+    assert evaluate("markdown.js", "closed", "value.map(closed)", list(texts)) == list(texts.values())
+
+
 PIECES = [
     "*",
     "**",
