@@ -282,6 +282,7 @@ def test_where_there_are_keys_one_is_asked_for_and_kept_in_the_tab(opened: Opene
     opened.complaints.clear()  # the browser tells of every 401 as well
 
 
+@pytest.mark.slow
 def test_nothing_is_cut_off_on_narrow_screens(opened: Opener) -> None:
     for view in ("", "#board"):
         page = opened(view)

@@ -99,6 +99,12 @@ def test_modules_import_files_that_there_are() -> None:
             assert imported.removeprefix("./") in SCRIPTS, f"{name} imports {imported}"
 
 
+def test_all_modules_are_asked_for_at_once(page: Parts) -> None:
+    """Else each would be asked for only when the one that imports it has come."""
+    loaded = {attributes.get("src") or attributes.get("href") for _, attributes in page.tags}
+    assert {f"/web/{name}" for name in SCRIPTS} <= loaded
+
+
 MARKUP = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|DOMParser|setHTML"
 
 
