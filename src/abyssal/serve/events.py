@@ -37,6 +37,8 @@ class Prepared:
     stream: bool = False
     include_usage: bool = False
     """Whether a stream ends with a chunk of usage."""
+    continuous_usage: bool = False
+    """Whether its other chunks have the usage so far as well."""
     parse: Callable[[int], OutputParser] | None = None
     """A new parser of a choice's text, by the choice's index in the response; None for plain text."""
     think: ThinkTokens | None = None

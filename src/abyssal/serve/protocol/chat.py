@@ -134,6 +134,7 @@ def prepare_chat(request: ChatRequest, messages: Sequence[Mapping[str, Any]], se
         model=request.model,
         stream=request.stream,
         include_usage=request.include_usage,
+        continuous_usage=request.continuous_usage,
         parse=partial(_parser, served, prompt, shown_tools),
         think=served.think_tokens(prompt),
         user=request.user or request.safety_identifier,

@@ -112,9 +112,8 @@ class ChatReply(Reply):
         return chunks
 
     def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        usage = {"usage": None} if self.prepared.include_usage else {}
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-        return self.head.body(CHUNK, choices=[choice], **usage)
+        return self.head.body(CHUNK, choices=[choice], **self.chunk_usage())
 
     def _scores(self, event: EngineEvent, thinking: list[bool]) -> dict[str, Any]:
         entries = [shapes.chat_logprob(self.served, entry) for entry in event.logprobs]

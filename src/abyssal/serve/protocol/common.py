@@ -50,6 +50,8 @@ class StreamOptions(Strict):
     """``stream_options``."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """vLLM's, which benchmarks ask for: each chunk has the usage so far."""
     include_obfuscation: bool | None = None
     """OpenAI pads its chunks to hide lengths; this server does not."""
 
@@ -97,6 +99,11 @@ class SamplingFields(Named):
         """Whether a stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether each chunk of it has the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
 
 Request = TypeVar("Request", bound=Named)
 
@@ -124,6 +131,8 @@ def read(schema: type[Request], body: object, unsupported: Mapping[str, Unsuppor
         raise unknown_model(request.model, [served.name])
     if isinstance(request, SamplingFields) and request.stream_options is not None and not request.stream:
         raise bad_parameter("stream_options", "only a stream has options; set stream to true, or leave it out")
+    if isinstance(request, SamplingFields) and request.continuous_usage and not request.include_usage:
+        raise bad_parameter("stream_options.continuous_usage_stats", "needs include_usage: true")
     return request
 
 

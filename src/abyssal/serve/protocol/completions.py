@@ -81,6 +81,7 @@ def prepare(body: object, served: ServedModel) -> Prepared:
         model=request.model,
         stream=request.stream,
         include_usage=request.include_usage,
+        continuous_usage=request.continuous_usage,
         echo_text=_echo(request, prompts, served) if request.echo else None,
         drop_output=max_tokens == 0,
         user=request.user,
@@ -231,8 +232,7 @@ class CompletionReply(Reply):
         return shapes.join([choice.logprobs.piece([], []), *choice.pieces])
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        usage = {"usage": None} if self.prepared.include_usage else {}
-        return self.head.body("text_completion", choices=choices, **usage)
+        return self.head.body("text_completion", choices=choices, **self.chunk_usage())
 
 
 def _body(index: int, text: str, piece: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from abyssal.engine.messages import FinishReason
 from abyssal.serve.events import EngineEvent, Prepared, Usage
 from abyssal.serve.protocol.errors import ApiError
 from abyssal.serve.protocol.served import ServedModel
-from abyssal.serve.protocol.usage import UsageCounter
+from abyssal.serve.protocol.usage import UsageCounter, usage_body
 
 _REASONS: dict[FinishReason, str] = {
     "stop": "stop",
@@ -49,6 +49,12 @@ class Reply:
     def usage(self) -> Usage:
         """Of the events so far; of a cancelled request, what was done of it."""
         return self._counter.usage
+
+    def chunk_usage(self) -> dict[str, Any]:
+        """A chunk's own ``usage``, which is null before the last chunk unless it was asked for with each."""
+        if not self.prepared.include_usage:
+            return {}
+        return {"usage": usage_body(self.usage) if self.prepared.continuous_usage else None}
 
     def count(self, event: EngineEvent) -> list[bool]:
         """Of each token of the event, whether it is reasoning.

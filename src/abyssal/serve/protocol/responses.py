@@ -93,8 +93,9 @@ def prepare(body: object, served: ServedModel) -> Prepared:
         ApiError: what is wrong, by name.
     """
     request = read(ResponsesRequest, body, UNSUPPORTED, served)
-    if request.stream_options is not None and request.stream_options.include_usage:
-        raise not_supported("stream_options.include_usage", "a stream's last event has the usage; leave it out")
+    for name in ("include_usage", "continuous_usage_stats"):
+        if request.stream_options is not None and getattr(request.stream_options, name):
+            raise not_supported(f"stream_options.{name}", "a stream's last event has the usage; leave it out")
     messages = _messages(request)
     try:
         prepared = prepare_chat(_chat_request(request, messages), messages, served)

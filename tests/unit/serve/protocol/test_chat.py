@@ -127,6 +127,10 @@ def test_unsupported_parameters_are_refused_by_name_unless_they_ask_for_nothing(
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"wish": 1}}, "stream_options.wish"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"thinking": {"type": "maybe"}}, "thinking.type"),
         ({"tools": [{"type": "retrieval"}]}, "tools[0]"),
@@ -225,6 +229,14 @@ def reply(prepared: Prepared, parts: list[EngineEvent], name: str) -> ChatReply:
 def chunks(prepared: Prepared, parts: list[EngineEvent], name: str) -> list[dict[str, Any]]:
     made = ChatReply(prepared, served(name), "chatcmpl-1", 17)
     return [chunk for event in parts for chunk in made.push(event)] + made.finish()
+
+
+def test_usage_with_each_chunk_where_asked() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    prepared = prepare(body(stream=True, stream_options=options), served("deepseek-v3.1"))
+    told = chunks(prepared, events(served("deepseek-v3.1"), "the user 12"), "deepseek-v3.1")
+    counts = [chunk["usage"]["completion_tokens"] for chunk in told]
+    assert counts == sorted(counts) and 1 <= counts[0] < counts[-1]
 
 
 def put_together(stream: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, list[Any]], str | None]:

@@ -118,6 +118,13 @@ def test_text_whole_and_in_chunks() -> None:
     assert chunks[-1]["usage"] == whole["usage"] and chunks[-1]["choices"] == []
 
 
+def test_usage_with_each_chunk_where_asked() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = streamed({**body(), "stream_options": options}, events(SERVED, "the user 12", "length", cached_tokens=1))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[0] == 1 and counts[-1] == counts[-2] == len(chunks) - 1 > 2
+
+
 def test_echo_with_scores_as_lm_eval_reads_them() -> None:
     """It slices ``token_logprobs[context:-1]`` and compares each with the largest of ``top_logprobs``."""
     ids = TOKENIZER.encode("the user 12", add_bos=True)
