@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 from starlette.types import Receive
@@ -19,6 +19,7 @@ from abyssal.serve.protocol.errors import ApiError
 
 MOST_DEPTH = 128
 """Of arrays and objects inside each other."""
+SMALL_BYTES = 128 << 10
 _RATE = 64 << 10
 _DRAIN_SECONDS = 2.0
 _DRAIN_BYTES = 64 << 20
@@ -35,61 +36,55 @@ class Bodies:
         self._settings = settings
         self._held = 0
 
-    @contextmanager
-    def room(self, num_bytes: int) -> Iterator[None]:
-        """For a body, until it is made ready.
+    @asynccontextmanager
+    async def read(self, headers: Mapping[str, str], receive: Receive) -> AsyncIterator[bytearray]:
+        """The whole body, which takes memory until the block ends.
 
         Raises:
-            ApiError: 503.
-        """
-        if self._held + num_bytes > self._settings.bodies_bytes:
-            message = "The server is reading as many large bodies as it can; try again later"
-            raise ApiError(503, message, code="server_overloaded", retry_after=1)
-        self._held += num_bytes
-        try:
-            yield
-        finally:
-            self._held -= num_bytes
-
-    def size(self, headers: Mapping[str, str]) -> int:
-        """Bytes to make room for: those that the headers announce, or as many as there may be.
-
-        Raises:
-            ApiError: 413, 415.
-        """
-        check_type(headers)
-        announced = headers.get("content-length", "")
-        return int(announced) if announced.isdecimal() and len(announced) < 20 else self._settings.body_bytes
-
-    async def read(self, headers: Mapping[str, str], receive: Receive) -> bytes:
-        """The whole body.
-
-        Raises:
-            ApiError: 408, 413.
+            ApiError: 408, 413, 415, or 503: there is no room for another large one.
             ClientGone: before its end.
         """
+        check_type(headers)
         most = self._settings.body_bytes
-        if self.size(headers) > most:
+        if _announced(headers) > most:
             if "expect" not in headers:  # who asks before sending has sent nothing
                 await _drain(receive)
             raise _too_large(most)
-        chunks: list[bytes] = []
-        length = 0
+        body = bytearray()
+        try:
+            await self._fill(body, receive)
+            if len(body) > most:
+                await _drain(receive)
+                raise _too_large(most)
+            yield body
+        finally:
+            self._held -= len(body)
+
+    async def _fill(self, body: bytearray, receive: Receive) -> None:
+        """Up to the end, or past the limit."""
         try:
             async with asyncio.timeout(self._settings.body_seconds) as limit:
                 deadline = limit.when() or 0.0
                 async for chunk in _chunks(receive):
-                    length += len(chunk)
-                    limit.reschedule(deadline + length / _RATE)
-                    if length > most:
-                        break
-                    chunks.append(chunk)
+                    self._hold(body, chunk)
+                    limit.reschedule(deadline + len(body) / _RATE)
+                    if len(body) > self._settings.body_bytes:
+                        return
         except TimeoutError:
             raise ApiError(408, "The body came too slowly; send it again", code="request_timeout") from None
-        if length > most:
-            await _drain(receive)
-            raise _too_large(most)
-        return b"".join(chunks)
+
+    def _hold(self, body: bytearray, chunk: bytes) -> None:
+        """Small ones always find room, so that large ones can crowd out nobody but each other."""
+        if len(body) + len(chunk) > SMALL_BYTES and self._held + len(chunk) > self._settings.bodies_bytes:
+            message = "The server is reading as many large bodies as it can; try again later"
+            raise ApiError(503, message, code="server_overloaded", retry_after=1)
+        body += chunk
+        self._held += len(chunk)
+
+
+def _announced(headers: Mapping[str, str]) -> int:
+    length = headers.get("content-length", "")
+    return int(length) if length.isdecimal() and len(length) < 20 else 0
 
 
 def check_type(headers: Mapping[str, str]) -> None:
@@ -112,7 +107,7 @@ def check_type(headers: Mapping[str, str]) -> None:
         raise ApiError(415, message, param="content-encoding", code="unsupported_media_type")
 
 
-def parse(raw: bytes) -> Mapping[str, Any]:
+def parse(raw: bytes | bytearray) -> Mapping[str, Any]:
     """The JSON object that a body is.
 
     Raises:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import ExitStack, aclosing
+from contextlib import aclosing
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -123,11 +123,8 @@ class _Run:
 
     async def _read(self) -> Work:
         """The body, made ready."""
-        bodies = self._front.bodies
-        with ExitStack() as room:
-            room.enter_context(bodies.room(bodies.size(self._headers)))
-            raw = await bodies.read(self._headers, self._receive)
-            make = self._make
+        make = self._make
+        async with self._front.bodies.read(self._headers, self._receive) as raw:
             return await self._until_gone(self._front.threads.prepare(len(raw), lambda: make(parse(raw))))
 
     def cut_off(self) -> None:

@@ -43,7 +43,7 @@ _CALL = _object(
     "function",
     closed=False,
     id=_or_null(_TEXT),
-    type={"const": "function"},
+    type={"enum": ["function", None]},
     function=_object("name arguments", closed=False, name=_TEXT, arguments={"type": ["string", "object"]}),
 )
 _MESSAGE: Schema = {

@@ -16,7 +16,7 @@ class HttpSettings:
     body_bytes: int = 16 << 20
     """Of one request's body; beyond it comes 413."""
     bodies_bytes: int = 256 << 20
-    """Of all bodies that are being read or made ready; beyond it comes 503."""
+    """Of all bodies that are being read or made ready; a large one beyond it gets 503."""
     body_seconds: float = 30.0
     """For a body to come, and one more for each 64 KiB of it; then comes 408."""
     keep_alive_seconds: float = 10.0

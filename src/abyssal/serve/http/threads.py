@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-LARGE_BYTES = 128 << 10
+from abyssal.serve.http.body import SMALL_BYTES
 
 Result = TypeVar("Result")
 
@@ -27,7 +27,7 @@ class Threads:
 
     async def prepare(self, num_bytes: int, function: Callable[[], Result]) -> Result:
         """Of a body of so many bytes."""
-        pool = self._small if num_bytes < LARGE_BYTES else self._large
+        pool = self._small if num_bytes <= SMALL_BYTES else self._large
         return await asyncio.get_running_loop().run_in_executor(pool, function)
 
     async def desk(self, function: Callable[[], Result]) -> Result:

@@ -150,11 +150,14 @@ def test_too_large_a_body(client_of: Client) -> None:
         assert check_shape(response, "/anthropic/")["type"] == "request_too_large"
 
 
-def test_bodies_take_bounded_memory(client_of: Client) -> None:
-    (response,) = ask(client_of(bodies_bytes=len(RAW) - 1), ("POST", CHAT, {"content": RAW, "headers": JSON}))
-    assert response.status_code == 503
-    assert check_shape(response)["code"] == "server_overloaded"
-    assert response.headers["retry-after"] == "1"
+def test_large_bodies_take_bounded_memory_and_crowd_out_no_small_ones(client_of: Client) -> None:
+    large = {"content": RAW + b" " * 300_000, "headers": JSON}
+    small = {"content": RAW, "headers": JSON}
+    refused, good = ask(client_of(bodies_bytes=200_000), ("POST", CHAT, large), ("POST", CHAT, small))
+    assert (refused.status_code, good.status_code) == (503, 200)
+    assert check_shape(refused)["code"] == "server_overloaded"
+    assert refused.headers["retry-after"] == "1"
+    assert ask(client_of(bodies_bytes=400_000), *[("POST", CHAT, large)] * 3)[2].status_code == 200, "it is given back"
 
 
 @pytest.mark.parametrize("state", [State.STARTING, State.RESTARTING, State.FAILED])
