@@ -112,6 +112,9 @@ def test_an_answer_streams_in_with_its_reasoning_folded(opened: Opener) -> None:
         re.compile(r"\d+ tokens · .* a second · first after .* from cache")
     )
     assert "think" not in answer.inner_text()
+    told = page.get_by_role("log", name="Answer as it comes")
+    expect(told).to_contain_text("Multi-head latent attention keeps")
+    expect(told.locator("p").last).to_have_text("End of the answer.")
 
 
 def test_what_a_model_writes_is_text(opened: Opener) -> None:
