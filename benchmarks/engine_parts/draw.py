@@ -32,7 +32,7 @@ def draw_all(results: Results) -> list[Path]:
     return drawn
 
 
-def _figure(columns: int, title: str, width: float = 5.0, height: float = 4.4, rows: int = 1) -> tuple[Any, Any]:
+def new_figure(columns: int, title: str, width: float = 5.0, height: float = 4.4, rows: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * columns, height * rows), dpi=130, layout="constrained")
@@ -40,7 +40,7 @@ def _figure(columns: int, title: str, width: float = 5.0, height: float = 4.4, r
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _plain(axes: Any, title: str, x: str = "", y: str = "", grid: str = "y") -> None:
+def plain(axes: Any, title: str, x: str = "", y: str = "", grid: str = "y") -> None:
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -55,7 +55,7 @@ def _label(axes: Any, bars: Any, texts: Sequence[str]) -> None:
 
 def decode_figure(rows: Sequence[Row]) -> Any:
     """Ratio to the best peer by batch, and how near this machine's memory bandwidth."""
-    figure, ((left, right),) = _figure(2, "Greedy decoding, same weights, same run", 6.0)
+    figure, ((left, right),) = new_figure(2, "Greedy decoding, same weights, same run", 6.0)
     names = [f"{row['preset']}\n{row['dtype']}" for row in rows]
     batches = [each["batch"] for each in rows[0]["batches"]]
     width = 0.8 / len(batches)
@@ -80,8 +80,8 @@ def decode_figure(rows: Sequence[Row]) -> Any:
     for axes in (left, right):
         axes.set_xticks(range(len(rows)), names)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(batches), fontsize=9)
-    _plain(left, "tokens a second, times transformers' fastest (bars: rounds)", y="ratio")
-    _plain(right, "of the memory bandwidth: weights touched and cache", y="share")
+    plain(left, "tokens a second, times transformers' fastest (bars: rounds)", y="ratio")
+    plain(right, "of the memory bandwidth: weights touched and cache", y="share")
     return figure
 
 
@@ -91,7 +91,7 @@ def serving_figure(rows: Sequence[Row]) -> Any:
     for row in rows:
         loads = [(f"{row['load'].capitalize()}: {load}", servers) for load, servers in row["loads"].items()]
         by_model.setdefault(f"{row['preset']} {row['dtype']}", []).extend(loads)
-    figure, grid = _figure(2, "Service under load", 6.2, 3.6, rows=len(by_model))
+    figure, grid = new_figure(2, "Service under load", 6.2, 3.6, rows=len(by_model))
     for (left, right), (name, loads) in zip(grid, by_model.items(), strict=True):
         for place, (_, servers) in enumerate(loads):
             _one_load(left, right, place, servers)
@@ -102,8 +102,8 @@ def serving_figure(rows: Sequence[Row]) -> Any:
         right.margins(x=0.12)
         for axes in (left, right):
             axes.set_ylim(len(loads) - 0.5, -0.5)
-        _plain(left, f"{name}: time to first token (● p50, ◆ p90, | p99)", "seconds, logarithmic", grid="x")
-        _plain(right, "throughput", "output tokens a second", grid="x")
+        plain(left, f"{name}: time to first token (● p50, ◆ p90, | p99)", "seconds, logarithmic", grid="x")
+        plain(right, "throughput", "output tokens a second", grid="x")
     _legend_of_servers(figure, rows)
     return figure
 
@@ -135,7 +135,7 @@ def _colour(server: str) -> str:
 
 def disk_figure(rows: Sequence[Row]) -> Any:
     """First token of a long shared prefix: transformers, cold, disk, its bound, memory."""
-    figure, (panels,) = _figure(len(rows), f"First token after {rows[0]['prefix']:,} tokens seen before", 4.0)
+    figure, (panels,) = new_figure(len(rows), f"First token after {rows[0]['prefix']:,} tokens seen before", 4.0)
     for axes, row in zip(panels, rows, strict=True):
         medians = {kind: statistics.median(values) * 1e3 for kind, values in row["seconds"].items()}
         theirs = statistics.median(row["transformers_seconds"][row["best_peer"]]) * 1e3
@@ -155,13 +155,13 @@ def disk_figure(rows: Sequence[Row]) -> Any:
         axes.margins(y=0.12)
         axes.set_xticks(range(len(bars)), list(bars), rotation=40, ha="right", fontsize=8)
         title = f"{row['preset']} {row['dtype']}: disk {row['sooner_than_cold']:.1f} × sooner"
-        _plain(axes, title, y="milliseconds, logarithmic")
+        plain(axes, title, y="milliseconds, logarithmic")
     return figure
 
 
 def speculation_figure(rows: Sequence[Row]) -> Any:
     """Gain by the number of drafts, and how many are accepted at each position of the longest row of drafts."""
-    figure, ((left, right),) = _figure(2, "Speculation by a trained MTP module", 5.6)
+    figure, ((left, right),) = new_figure(2, "Speculation by a trained MTP module", 5.6)
     series = [(row, each) for row in rows for each in row["batches"]]
     names = list(series[0][1]["gain"])
     most = max(names, key=lambda name: len(series[0][1]["acceptance"][name]))
@@ -180,6 +180,6 @@ def speculation_figure(rows: Sequence[Row]) -> Any:
     right.yaxis.set_major_formatter("{x:.0%}")
     right.set_xticks(range(1, 1 + len(series[0][1]["acceptance"][most])))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    _plain(left, "tokens a second, times no drafts", "drafts a step", "gain")
-    _plain(right, f"accepted, it and all before it, of {most} drafts a step", "position of the draft", "share")
+    plain(left, "tokens a second, times no drafts", "drafts a step", "gain")
+    plain(right, f"accepted, it and all before it, of {most} drafts a step", "position of the draft", "share")
     return figure

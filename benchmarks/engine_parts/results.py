@@ -9,14 +9,15 @@ from typing import Any
 
 
 class Results:
-    """The files ``engine-PART.json`` of a folder."""
+    """The files ``BENCHMARK-PART.json`` of a folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, benchmark: str = "engine") -> None:
         self.folder = folder
+        self._benchmark = benchmark
 
-    def path(self, part: str) -> Path:
-        """Where the rows of a part lie."""
-        return self.folder / f"engine-{part}.json"
+    def path(self, part: str, suffix: str = "json") -> Path:
+        """Where the rows of a part lie, or its picture."""
+        return self.folder / f"{self._benchmark}-{part}.{suffix}"
 
     def rows(self, part: str) -> list[dict[str, Any]]:
         """Those saved so far."""
