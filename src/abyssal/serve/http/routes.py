@@ -70,10 +70,12 @@ def lookups(front: Front) -> APIRouter:
     async def balance(request: Request) -> Response:
         return JSONResponse(await _balance(front, request))
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", **_SCHEMELESS)
     async def health() -> Response:
         return JSONResponse({"status": "alive"})
 
+    @router.head("/ready", include_in_schema=False)
     @router.get("/ready", **_SCHEMELESS)
     async def ready() -> Response:
         state = front.state()

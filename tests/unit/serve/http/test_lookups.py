@@ -33,6 +33,12 @@ def test_models(client_of: Client) -> None:
     assert check_shape(missing)["code"] == "model_not_found"
 
 
+def test_a_balancer_may_ask_for_the_head_alone(client_of: Client) -> None:
+    for answer in ask(client_of(), ("HEAD", "/health", {}), ("HEAD", "/ready", {})):
+        assert (answer.status_code, answer.content) == (200, b"")
+    assert ask(client_of(), ("HEAD", "/v1/models", {}))[0].status_code == 405
+
+
 def post(client: httpx.AsyncClient, path: str, **fields: Any) -> httpx.Response:
     return ask(client, ("POST", path, {"json": fields}))[0]
 
