@@ -137,7 +137,7 @@ def check_books(accounts: Path, account: int, whole: int) -> None:
 
 
 def test_the_books_agree_after_the_server_was_killed(trained_model: TrainedModel, tmp_path: Path) -> None:
-    books_agree_after_kills(trained_model.folder, tmp_path, kills=2)
+    books_agree_after_kills(trained_model.folder, tmp_path, kills=1)
 
 
 @pytest.mark.slow

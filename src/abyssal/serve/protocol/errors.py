@@ -14,7 +14,9 @@ status   meaning
 422      a parameter is unknown, not supported, or has a value that cannot be
 429      too many requests
 500      the server's own fault
+502      another provider failed, or refused this server (:mod:`abyssal.serve.routes.failures`)
 503      it is starting, draining or overloaded
+504      another provider did not answer in time
 =======  ==============================================================================
 
 The statuses are DeepSeek's; the body is OpenAI's, whose clients make an exception of each.
