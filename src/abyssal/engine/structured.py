@@ -88,7 +88,8 @@ class StructureCompiler:
         from llguidance import LLTokenizer
 
         if self._tokenizer is None:
-            self._tokenizer = LLTokenizer(self._tokenizer_json, n_vocab=self._vocab_size, eos_token=self._ends)
+            content = _without_control_tokens(self._tokenizer_json)
+            self._tokenizer = LLTokenizer(content, n_vocab=self._vocab_size, eos_token=self._ends)
         return self._tokenizer
 
 
@@ -184,6 +185,20 @@ def open_reasoning(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> int | Non
     begin, end = map(tokenizer.token_id, REASONING_MARKS)
     last = next((token for token in reversed(prompt_ids) if token in (begin, end)), end)
     return end if last == begin else None
+
+
+def _without_control_tokens(tokenizer_json: str) -> str:
+    """Where a form leaves one text alone, llguidance lets only that text's tokens come; knowing control tokens by name,
+    it would take a text that spells one for the token, which has no text.  Grammars name them by number."""
+    content = json.loads(tokenizer_json)
+    content["added_tokens"] = [each for each in content["added_tokens"] if not _is_control(each)]
+    return json.dumps(content)
+
+
+def _is_control(added: Mapping[str, Any]) -> bool:
+    """By llguidance's own measure."""
+    text = added["content"]
+    return bool(added["special"]) or (text.startswith("<") and text.endswith(">"))
 
 
 def _grammar(form: StructuredOutput) -> str:

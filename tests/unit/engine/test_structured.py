@@ -142,6 +142,25 @@ def test_the_structure_begins_where_the_reasoning_ends() -> None:
     assert fork.complete and _tokens(structure.masks()[0]) == _tokens(reasoning)
 
 
+@pytest.mark.parametrize("name", ["<｜end▁of▁sentence｜>", "<｜fim▁hole｜>", REASONING_MARKS[1]])
+def test_text_that_spells_a_control_token_is_text(name: str) -> None:
+    """Also where the form leaves that text alone."""
+    tokenizer = _tokenizer().with_control_tokens(REASONING_MARKS)
+    control = set(map(tokenizer.token_id, tokenizer.control_tokens))
+    end = tokenizer.token_id(EOS)
+    compiler = StructureCompiler(tokenizer.to_json(), tokenizer.vocab_size, (end,))
+    structure, tokens = compiler.compile(StructuredOutput("json_schema", {"enum": [name]})), []
+    while not structure.complete:
+        tokens.append(min(_tokens(structure.masks()[0]) or ()))
+        structure.advance(tokens[-1:])
+    assert json.loads(tokenizer.decode(tokens)) == name and not control & set(tokens)
+    anything = compiler.compile(StructuredOutput("json_schema", {"type": "string"}))
+    anything.advance(tokenizer.encode('"'))
+    assert not control & (_tokens(anything.masks()[0]) or set())
+    called = compiler.compile(StructuredOutput("grammar", f"start: <[{tokenizer.token_id(name)}]>"))
+    assert _tokens(called.masks()[0]) == {tokenizer.token_id(name)}
+
+
 def test_an_open_reasoning_part_is_found_in_the_prompt() -> None:
     assert open_reasoning(_tokenizer(), [1, 2]) is None
     tokenizer = _tokenizer().with_control_tokens(REASONING_MARKS)
