@@ -108,21 +108,24 @@ class Engine:
             self._stored,
         )
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, structure: Structure | None = None) -> None:
         """Queue a request.
+
+        Args:
+            structure: what :meth:`compile` made of it, where that was called before.
 
         Raises:
             ValueError: it can never run as it stands, saying why; others are not touched.
         """
-        self._add(request, fresh_seed() if request.params.seed is None else request.params.seed)
+        self._add(request, fresh_seed() if request.params.seed is None else request.params.seed, structure)
 
-    def _add(self, request: Request, seed: int) -> range:
+    def _add(self, request: Request, seed: int, structure: Structure | None = None) -> range:
         """The numbers of its sequences."""
         if request.request_id in self._requests:  # a cancelled one too, until a step has told of its end
             raise ValueError(
                 f"request_id: {request.request_id} is that of a request still under way; give each its own"
             )
-        structure = self._structure(request)
+        structure = structure or self.compile(request)
         completions = [
             LiveSequence(
                 request,
@@ -139,7 +142,12 @@ class Engine:
         self._live.update(zip(numbers, completions, strict=True))
         return numbers
 
-    def _structure(self, request: Request) -> Structure | None:
+    def compile(self, request: Request) -> Structure | None:
+        """The form of its output; None where it may have any.  Other threads may call it while steps run.
+
+        Raises:
+            ValueError: the form cannot be read, or cannot be met.
+        """
         if request.params.structured is None:
             return None
         if self._structures is None:

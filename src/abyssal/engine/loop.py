@@ -1,23 +1,27 @@
 """The loop of an engine's process: commands in between steps, news of each step out.
 
 Commands are taken without waiting while there is anything to compute, so that nothing outside holds up a step; without
-requests the loop waits for one.  A request that cannot run is refused in a delta of its own, and a step that fails ends
-the requests that were in it; neither ends the loop.
+requests the loop waits for one.  Forms of outputs are compiled in a thread beside the steps.  A request that cannot run
+is refused in a delta of its own, and a step that fails ends the requests that were in it; neither ends the loop.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import msgspec
 import zmq
 
+from abyssal.engine.compiling import FormCompiler
 from abyssal.engine.core import Engine
 from abyssal.engine.deltas import DeltaTeller
+from abyssal.engine.messages import Request
 from abyssal.engine.meter import EngineMeter
 from abyssal.engine.recorder import StepRecorder
+from abyssal.engine.structured import Structure
 from abyssal.engine.wire import Add, Cancel, Command, Delta, News, Record, Recorded, Report, Stop
 
 BUSY_SECONDS = 0.25
@@ -25,6 +29,8 @@ BUSY_SECONDS = 0.25
 IDLE_SECONDS = 1.0
 POLL_SECONDS = 0.25
 """How long a wait for commands lasts before the clock and :attr:`EngineLoop.stopping` are looked at."""
+COMPILE_SECONDS = 0.002
+"""The same, while a form is being compiled."""
 
 logger = logging.getLogger(__name__)
 _encoder = msgspec.msgpack.Encoder()
@@ -50,6 +56,7 @@ class EngineLoop:
         self._socket = socket
         self._clock = clock
         self._teller = DeltaTeller()
+        self._compiler = FormCompiler(engine)
         self._recorder: StepRecorder | None = None
         self._step_due = False  # ends to be told of, though nothing is under way
         self._told_at = float("-inf")
@@ -61,12 +68,14 @@ class EngineLoop:
         self._tell_statistics()
         while not self.stopping:
             self._take_commands()
+            self._take_compiled()
             if self._engine.unfinished or self._step_due:
                 self._step()
             else:
-                self._socket.poll(int(POLL_SECONDS * 1000))
+                self._socket.poll(int(1000 * (COMPILE_SECONDS if self._compiler.busy else POLL_SECONDS)))
                 self._tell_statistics(IDLE_SECONDS)
             self._tell_record()
+        self._compiler.close()
 
     def _take_commands(self) -> None:
         # To ask costs half of a receive that finds nothing.
@@ -80,21 +89,37 @@ class EngineLoop:
     def _obey(self, command: Command) -> None:
         match command:
             case Add():
-                self._add(command)
+                self._begin(command.request)
             case Cancel(request_ids):
-                for request_id in request_ids:
-                    self._engine.cancel(request_id)
-                self._step_due = True
+                self._cancel(request_ids)
             case Record(steps, seconds):
                 self._recorder = StepRecorder(steps, seconds)
                 self._engine.on_phase = self._recorder.phase
             case Stop():
                 self.stopping = True
 
-    def _add(self, command: Add) -> None:
-        number = command.request.request_id
+    def _begin(self, request: Request) -> None:
+        if request.params.structured is None:
+            self._add(request)
+        else:
+            self._compiler.begin(request)
+
+    def _take_compiled(self) -> None:
+        for request, compiled in self._compiler.take():
+            self._add(request, compiled)
+
+    def _cancel(self, request_ids: Sequence[int]) -> None:
+        for request in self._compiler.cancel(request_ids):
+            ends = [Delta(request.request_id, n, finish_reason="cancelled") for n in range(request.params.n)]
+            self._send(News(tuple(ends)))
+        for request_id in request_ids:
+            self._engine.cancel(request_id)
+        self._step_due = True
+
+    def _add(self, request: Request, compiled: Future[Structure | None] | None = None) -> None:
+        number = request.request_id
         try:
-            self._engine.add(command.request)
+            self._engine.add(request, None if compiled is None else compiled.result())
         except ValueError as error:
             self._refuse(number, str(error), refused=True)
         except Exception as error:  # whatever a request brings about is its own trouble

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -14,7 +15,7 @@ import zmq
 from abyssal.engine.config import EngineConfig
 from abyssal.engine.core import Engine
 from abyssal.engine.loop import EngineLoop
-from abyssal.engine.messages import Request, SamplingParams
+from abyssal.engine.messages import Request, SamplingParams, StructuredOutput
 from abyssal.engine.meter import EngineMeter
 from abyssal.engine.wire import Add, Cancel, Command, Delta, News, Report, Statistics, Stop
 from tests.support.trained_model import TrainedModel
@@ -105,7 +106,7 @@ def test_what_a_request_breaks_is_its_own(front: Front, monkeypatch: pytest.Monk
     """An error that is no refusal, while it is queued, or in the step that others are in."""
     add, launch = front.engine.add, front.engine._runner.launch
 
-    def broken_add(request: Request) -> None:
+    def broken_add(request: Request, *_: Any) -> None:
         if request.request_id == 1:
             raise RuntimeError("cannot be")
         add(request)
@@ -134,3 +135,31 @@ def test_statistics_come_at_once_when_it_is_idle(front: Front) -> None:
             assert (report.running, report.waiting, report.used_pages, report.output_tokens) == (0, 0, 0, 6)
             return
     pytest.fail("it never came")
+
+
+def formed(number: int, value: str, **fields: Any) -> Add:
+    params = replace(PARAMS, structured=StructuredOutput("regex", value), max_tokens=20, ignore_eos=False, **fields)
+    return Add(Request(number, (5, 6, 7), params))
+
+
+def test_nobody_waits_for_a_form(front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others begin, run and end meanwhile; a request that is cancelled before its form is there never begins."""
+    compiled, compile = threading.Event(), front.engine.compile
+
+    def slow(request: Request) -> Any:
+        assert request.params.structured is None or compiled.wait(20)
+        return compile(request)
+
+    monkeypatch.setattr(front.engine, "compile", slow)
+    front.send(formed(0, "a{3}"), formed(1, "b{3}", n=2), request(2), Cancel((1,)))
+    ends = front.ends(3)
+    assert sorted((end.request_id, end.index, end.finish_reason) for end in ends) == [
+        (1, 0, "cancelled"),
+        (1, 1, "cancelled"),
+        (2, 0, "length"),
+    ]
+    compiled.set()
+    front.send(formed(3, "c("), request(4))
+    last = {end.request_id: end for end in front.ends(3)}
+    assert last[0].finish_reason == "stop" and last[4].finish_reason == "length"
+    assert last[3].refused and "structured" in last[3].error
