@@ -76,11 +76,14 @@ class EngineProcess:
             socket.linger = 0
             address = f"ipc://{own}/socket"
             socket.bind(address)
-            command = [sys.executable, "-m", "abyssal.engine.worker", str(folder), "--socket", address]
+            # -P: no module of the folder in which the server was started takes the place of a library's
+            command = [sys.executable, "-P", "-m", "abyssal.engine.worker", "--socket", address]
             process = await asyncio.create_subprocess_exec(
                 *command,
                 "--options",
                 msgspec.json.encode(dict(options)).decode(),
+                "--",  # a folder's name may begin with a dash
+                str(folder),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,

@@ -53,6 +53,19 @@ async def failures(service: EngineService, count: int, bring_about: int | None) 
     return await asyncio.gather(*answers, return_exceptions=True), time.monotonic() - begun
 
 
+def test_neither_the_folders_name_nor_what_lies_beside_it_matters(
+    trained_model: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "-model").symlink_to(trained_model.folder)
+    (tmp_path / "random.py").write_text("raise SystemExit('not the library')")
+    monkeypatch.chdir(tmp_path)
+    running = RunningService(Path("-model"), disk_cache=False)
+    try:
+        assert running.ready().state is State.READY
+    finally:
+        running.close()
+
+
 def test_killed_under_load_it_comes_back_and_finds_its_disk_cache(
     running: RunningService, trained_model: TrainedModel
 ) -> None:
