@@ -50,6 +50,8 @@ class Prepared:
     user: str = ""
     """Of the caller's own users, between whom service is shared fairly."""
     priority: int = 0
+    form_name: str = "structured"
+    """The parameter that asked for ``params.structured``, as errors are to name it."""
     repeated: Mapping[str, Any] = field(default_factory=dict)
     """What the answer repeats of the request."""
 

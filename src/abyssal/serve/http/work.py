@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from abyssal.serve.events import EngineEvent, Prepared, Usage
 from abyssal.serve.observer import Watch
+from abyssal.serve.protocol.errors import ApiError
 from abyssal.serve.routing import Provider, Routed
 from abyssal.serve.service import Origin, Service
 
@@ -104,12 +105,15 @@ class EngineWork:
     async def chunks(self, origin: Origin, watch: Watch) -> AsyncGenerator[Chunks, None]:
         watch.prepared(self.prepared, origin)
         async with aclosing(self._service.run(self.prepared, origin)) as events:
-            async for event in events:
-                watch.event(event)
-                if event.error is None:
-                    self._begun.add(event.prompt)
-                if chunks := self._reply.push(event):
-                    yield chunks
+            try:
+                async for event in events:
+                    watch.event(event)
+                    if event.error is None:
+                        self._begun.add(event.prompt)
+                    if chunks := self._reply.push(event):
+                        yield chunks
+            except ApiError as error:
+                raise error.renamed("structured", self.prepared.form_name) from None
         if self.stream:
             yield self._reply.finish()
 

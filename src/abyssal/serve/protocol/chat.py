@@ -139,6 +139,7 @@ def prepare_chat(request: ChatRequest, messages: Sequence[Mapping[str, Any]], se
         think=served.think_tokens(prompt),
         user=request.user or request.safety_identifier,
         priority=request.priority,
+        form_name=_form_name(request),
     )
 
 
@@ -198,6 +199,10 @@ def _max_tokens(request: ChatRequest) -> int | None:
     return new if old is None else old
 
 
+def _form_name(request: ChatRequest) -> str:
+    return "tools" if request.response_format is None else "response_format"
+
+
 def _params(request: ChatRequest, prompt: Prompt, max_tokens: int | None, served: ServedModel) -> SamplingParams:
     if request.top_logprobs is not None and not request.logprobs:
         raise bad_parameter("top_logprobs", "needs logprobs: true")
@@ -212,8 +217,7 @@ def _params(request: ChatRequest, prompt: Prompt, max_tokens: int | None, served
         served.ends or None,
     )
     if form is not None and (size := num_bytes(form.value)) > MOST_FORM_BYTES:
-        name = "tools" if request.response_format is None else "response_format"
-        raise bad_parameter(name, f"a form of {size} bytes; give at most {MOST_FORM_BYTES}")
+        raise bad_parameter(_form_name(request), f"a form of {size} bytes; give at most {MOST_FORM_BYTES}")
     structured = None if form is None else StructuredOutput(form.kind, form.value)  # pyright: ignore[reportArgumentType]
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return sampling_params(request, served, max_tokens=max_tokens, logprobs=logprobs, structured=structured)

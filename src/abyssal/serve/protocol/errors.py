@@ -31,6 +31,8 @@ from typing import Any
 from pydantic import ValidationError
 
 PARAMETER_STATUS = 422
+MOST_NAME = 80
+"""Characters of the name of an unknown parameter."""
 MOST_MESSAGE = 1000
 """Characters of a message: it may quote the request."""
 
@@ -73,6 +75,14 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after = retry_after
+
+    def renamed(self, ours: str, theirs: str) -> ApiError:
+        """The same about a parameter that the caller knows by another name; itself where it is about something else."""
+        if not self.message.startswith(f"{ours}:"):
+            return self
+        message = theirs + self.message.removeprefix(ours)
+        param = None if self.param is None else theirs
+        return ApiError(self.status, message, self.type, param, self.code, self.retry_after)
 
     def openai(self) -> dict[str, Any]:
         """The body in OpenAI's shape, which is DeepSeek's too."""
@@ -136,11 +146,19 @@ def of_validation(error: ValidationError, hints: Mapping[str, str] | None = None
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = _where(first["loc"])
     if first["type"] == "extra_forbidden":
+        where = _unknown(first["loc"])
         return bad_parameter(where, (hints or {}).get(where, "unknown parameter; remove it"), "unknown_parameter")
     if first["type"] == "missing":
         return bad_parameter(where, "missing; give it", "missing_required_parameter")
     text = first["msg"].removeprefix("Value error, ")
     return bad_parameter(where, text[:1].lower() + text[1:]) if where else of_value_error(ValueError(text))
+
+
+def _unknown(location: Sequence[int | str]) -> str:
+    """Of a field that there is not, whose name the caller made up: any text."""
+    *outer, name = location
+    led = f"{_where(outer)}." if outer else ""
+    return led + (str(name) if str(name).isidentifier() else repr(name))[:MOST_NAME]
 
 
 def _where(location: Sequence[int | str]) -> str:

@@ -103,7 +103,8 @@ def prepare(body: object, served: ServedModel) -> Prepared:
         raise _renamed(error) from None
     except ValueError as error:
         raise _renamed(of_value_error(error)) from None
-    return replace(prepared, repeated=_repeated(request))
+    form_name = prepared.form_name.replace("response_format", "text.format")
+    return replace(prepared, form_name=form_name, repeated=_repeated(request))
 
 
 def _chat_request(request: ResponsesRequest, messages: list[dict[str, Any]]) -> ChatRequest:

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from abyssal.serve.protocol.errors import of_value_error
 from abyssal.serve.service import State
 from tests.support.scripted_service import ScriptedService
 from tests.support.serving import MODEL
@@ -233,3 +234,46 @@ def test_no_other_server_s_page_may_ask_unless_allowed(client_of: Client) -> Non
     assert another.status_code == 400 and "access-control-allow-origin" not in another.headers
     assert check_shape(another)["code"] == "origin_not_allowed"
     assert all(response.headers["access-control-allow-origin"] == "https://chat.example" for response in opened)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "name"),
+    [
+        (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools"),
+        ("/v1/responses", {"input": "the", "text": {"format": {"type": "json_object"}}}, "text.format"),
+        ("/v1/responses", {"input": "the", "tools": [{"type": "function", "name": "f", "strict": True}]}, "tools"),
+        ("/anthropic/v1/messages", {"max_tokens": 9, "tools": [{"name": "f", "input_schema": {}, "strict": True}]}, ""),
+    ],
+)
+def test_a_form_that_the_engine_refuses_has_its_parameters_name(
+    client_of: Client, service: ScriptedService, path: str, fields: dict[str, Any], name: str
+) -> None:
+    """The engine knows nothing of the API's parameters."""
+    service.script = lambda _: [of_value_error(ValueError("structured: the form cannot be used"))]
+    body = {**BODY, **fields} if "input" not in fields else {"model": MODEL, **fields}
+    error = check_shape(ask(client_of(), ("POST", path, {"json": body}))[0], path)
+    assert error["message"] == f"{name or 'tools'}: the form cannot be used" and error.get("param", "") == name
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("foo", "foo"),
+        ("max-tokens", "'max-tokens'"),
+        ("str", "str"),
+        ("", "''"),
+        ("\0", "'\\x00'"),
+        ("k" * 9999, "k" * 80),
+    ],
+)
+def test_an_unknown_parameter_is_named_whatever_its_name(client_of: Client, given: str, named: str) -> None:
+    outer, inner = ask(
+        client_of(),
+        ("POST", CHAT, {"json": {**BODY, given: 1}}),
+        ("POST", CHAT, {"json": {**BODY, "stream": True, "stream_options": {given: 1}}}),
+    )
+    for response, name in ((outer, named), (inner, f"stream_options.{named}")):
+        error = check_shape(response)
+        assert (response.status_code, error["code"], error["param"]) == (422, "unknown_parameter", name)
+        assert error["message"] == f"{name}: unknown parameter; remove it"
