@@ -2,7 +2,7 @@
 
     python benchmarks/server.py [load] [overhead]      both by default
         [--presets tiny small] [--dtypes fp32 bf16] [--clients 1 8 32 128] [--requests 128] [--repeats 5]
-        [--resume] [--results FOLDER | --docs] [--draw] [--smoke]
+        [--threads 1 2] [--resume] [--results FOLDER | --docs] [--draw] [--smoke]
 
 ``abyssal serve`` runs in a process of its own, its engine in another, and clients stream from it over loopback.  Each
 part prints a table a preset and dtype and saves it at once: RESULTS/server-PART.json, a row a case with the commit, the
@@ -42,6 +42,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 32, 128], help="concurrencies of load")
     parser.add_argument("--requests", type=int, default=128, help="of each concurrency, at least two a client")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of overhead after one to warm up")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="of the engine, in overhead")
     parser.add_argument("--guidellm", type=Path, help="the program, to be run beside load on the same server")
     parser.add_argument("--resume", action="store_true", help="leave out what this commit has saved already")
     parser.add_argument("--results", type=Path, help="folder of the JSON and PNG files (benchmarks/results)")
@@ -52,8 +53,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in chosen.parts:
         if name not in PARTS:
             parser.error(f"there is no part {name!r}; choose among {', '.join(PARTS)}")
-    if min(chosen.repeats, *chosen.clients) < 1 or chosen.requests < 8:
-        parser.error("--repeats and --clients must be at least 1, --requests at least 8")
+    if min(chosen.repeats, *chosen.clients, *chosen.threads) < 1 or chosen.requests < 8:
+        parser.error("--repeats, --clients and --threads must be at least 1, --requests at least 8")
     if chosen.guidellm is not None and not chosen.guidellm.is_file():
         parser.error(f"--guidellm: {chosen.guidellm} is no program")
     if chosen.docs and chosen.results is not None:
@@ -72,8 +73,9 @@ def setting_of(chosen: argparse.Namespace, scratch: Path) -> Setting:
 
     if chosen.smoke:
         return Setting(("tiny",), ("fp32",), 1, 8, scratch, scratch, None, batches=(1, 4), smoke=True)
-    presets, dtypes, clients = tuple(chosen.presets), tuple(chosen.dtypes), tuple(chosen.clients)
-    return Setting(presets, dtypes, chosen.repeats, chosen.requests, scratch, scratch, None, clients)
+    presets, dtypes = tuple(chosen.presets), tuple(chosen.dtypes)
+    clients, threads = tuple(chosen.clients), tuple(chosen.threads)
+    return Setting(presets, dtypes, chosen.repeats, chosen.requests, scratch, scratch, None, clients, threads)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -32,6 +32,8 @@ class Setting:
     traces: Path | None
     """Folder of the request traces; None: there is none."""
     batches: tuple[int, ...] = (1, 8, 32)
+    threads: tuple[int, ...] = (1, 2)
+    """Of the engine, where a part varies them."""
     smoke: bool = False
     """Sizes that only show that everything runs."""
 

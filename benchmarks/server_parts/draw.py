@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine_parts.draw import BLUE, GREY, ORANGE, Row, new_figure, plain
+from engine_parts.draw import BLUE, GREEN, GREY, ORANGE, Row, new_figure, plain
 from engine_parts.results import Results
 
 from abyssal.train.plot import save_png
 
 from .load import concurrencies
+from .overhead import KINDS
 
 COLOURS = {"miss": ORANGE, "hit": BLUE}
 
@@ -69,11 +70,13 @@ def _titles(panels: Any, model: str, clients: Sequence[int]) -> None:
 
 
 def overhead_figure(rows: Sequence[Row]) -> Any:
-    """The ratio to the offline API by batch, in steps and of the whole."""
+    """Each rate's ratio to the offline API's by batch."""
     figure, (panels,) = new_figure(len(rows), "Tokens a second in the server, times the offline API's", 4.2)
     for axes, row in zip(panels, rows, strict=True):
         names = [str(each["batch"]) for each in row["batches"]]
-        for offset, (kind, colour) in zip((-0.2, 0.2), (("engine", BLUE), ("whole", GREY)), strict=True):
+        for offset, (kind, colour) in zip(
+            (-0.27, 0.0, 0.27), zip(KINDS, (BLUE, GREEN, GREY), strict=True), strict=True
+        ):
             ratios = [each[f"{kind}_ratio"] for each in row["batches"]]
             places = [number + offset for number in range(len(names))]
             spread = [
@@ -86,12 +89,11 @@ def overhead_figure(rows: Sequence[Row]) -> Any:
                     for ratio, each in zip(ratios, row["batches"], strict=True)
                 ],
             ]
-            label = "the engine's own, in steps" if kind == "engine" else "of the whole"
-            bars = axes.bar(places, ratios, 0.36, color=colour, label=label)
+            bars = axes.bar(places, ratios, 0.25, color=colour, label=KINDS[kind])
             axes.errorbar(places, ratios, yerr=spread, fmt="none", ecolor="black", elinewidth=0.8, capsize=2)
             axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], fontsize=8, label_type="center", color="white")
         axes.axhline(0.95, color="black", linewidth=0.8, linestyle="--")
         axes.set_xticks(range(len(names)), names)
         plain(axes, f"{row['preset']} {row['dtype']}, {row['threads']} threads", "batch", "ratio")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     return figure

@@ -1,9 +1,11 @@
 """What serving costs the engine: tokens a second through the server, beside the offline API at the same batch.
 
 Both engines are processes of their own with the same settings, and take turns; the same prompts come at once, and each
-gets the same greedy answer.  Two rates are told of each:
+gets the same greedy answer.  Three rates are told of each:
 
-- the engine's own: tokens over the seconds spent in steps, by the server's metrics and by the offline engine's clock;
+- in steps: tokens over the seconds spent in the engine's steps, by the server's metrics or the offline engine's clock;
+- on the processor: tokens over the seconds that the engine's process computed, with all that it does to tell of them.
+  What else the machine does hardly weighs on it, but threads that wait for each other count as computing;
 - of the whole: tokens from the first request sent to the last token read.
 
 With ``threads`` 1 the engine computes on one core and leaves the other to HTTP and the clients, who are somebody else's
@@ -33,13 +35,13 @@ from .process import ServerProcess
 
 PROMPT, NEW = 128, 256
 BATCHES = (1, 8, 32)
-THREADS = (1, 2)
+KINDS = {"engine": "in steps", "processor": "on the processor", "whole": "whole"}
 Rates = dict[str, float]
-"""``engine`` and ``whole``, in tokens a second."""
+"""By :data:`KINDS`, in tokens a second."""
 
 
 def cases(setting: Setting) -> list[Case]:
-    return [{**case, "threads": threads} for case in setting.cases() for threads in THREADS]
+    return [{**case, "threads": threads} for case in setting.cases() for threads in setting.threads]
 
 
 class Offline:
@@ -71,13 +73,18 @@ class Offline:
 
 def served(server: ServerProcess, jobs: list[Job]) -> Rates:
     """The same through the server, each request by a client of its own."""
-    before, start = server.counted(), time.perf_counter()
+    before, used_before, start = server.counted(), server.cpu_seconds(), time.perf_counter()
     measured = closed_load(server.port, jobs, len(jobs))
     seconds, tokens = time.perf_counter() - start, sum(each.served.tokens for each in measured)
-    time.sleep(1.5)  # the engine tells of itself once in a while
+    used = server.cpu_seconds()
+    time.sleep(1.5)  # the engine tells of its steps once in a while
     after = server.counted()
     assert after.output_tokens - before.output_tokens == tokens, "somebody else asked meanwhile"
-    return {"engine": tokens / (after.step_seconds - before.step_seconds), "whole": tokens / seconds}
+    return {
+        "engine": tokens / (after.step_seconds - before.step_seconds),
+        "processor": tokens / (used - used_before),
+        "whole": tokens / seconds,
+    }
 
 
 def lengths(setting: Setting) -> tuple[int, int]:
@@ -118,28 +125,26 @@ def _batch(batch: int, setting: Setting, vocab_size: int, server: ServerProcess,
     for ours, theirs in rounds:
         result["server"].append(ours)
         result["offline"].append(theirs)
-    for kind in ("engine", "whole"):
+    for kind in KINDS:
         result[f"{kind}_ratio_of_rounds"] = [ours[kind] / theirs[kind] for ours, theirs in rounds]
         result[f"{kind}_ratio"] = statistics.median(result[f"{kind}_ratio_of_rounds"])
     return result
 
 
 def lines(row: dict[str, Any]) -> list[str]:
-    """A table: both rates of both, and their ratio."""
+    """A table: each rate of both, and their ratio."""
+    head = "".join(f"{name:>27}" for name in KINDS.values())
+    lengths = f"{row['prompt']} prompt and {row['new']} new tokens"
     text = [
-        f"{row['preset']} {row['dtype']}, {row['threads']} threads: {row['prompt']} prompt and {row['new']} new tokens",
-        f"{'batch':>6} {'server: in steps':>17} {'whole':>9} {'offline: in steps':>18} {'whole':>9} "
-        f"{'ratio in steps':>15} {'whole':>7}",
+        f"{row['preset']} {row['dtype']}, {row['threads']} threads, {lengths}: server, offline, ratio",
+        f"{'batch':>6}{head}",
     ]
     for each in row["batches"]:
-        server, offline = (
-            {kind: statistics.median(rates[kind] for rates in each[whose]) for kind in ("engine", "whole")}
-            for whose in ("server", "offline")
-        )
-        text.append(
-            f"{each['batch']:6d} {server['engine']:17.1f} {server['whole']:9.1f} {offline['engine']:18.1f} "
-            f"{offline['whole']:9.1f} {each['engine_ratio']:15.3f} {each['whole_ratio']:7.3f}"
-        )
+        shown = f"{each['batch']:6d}"
+        for kind in KINDS:
+            ours, theirs = (statistics.median(rates[kind] for rates in each[whose]) for whose in ("server", "offline"))
+            shown += f"{ours:11.1f}{theirs:9.1f}{each[f'{kind}_ratio']:7.3f}"
+        text.append(shown)
     return text
 
 

@@ -50,13 +50,20 @@ class ServerProcess:
             self._log.seek(0)
             raise RuntimeError(f"{' '.join(command)} did not get ready:\n{self._log.read()[-2000:]}")
         self.port = int(found.group(1))
+        self._engine = _engine_of(self._process.pid)
 
     def counted(self) -> Counted:
         """Now."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as response:
             text = response.read().decode()
         names = ("vllm:generation_tokens_total", "abyssal:engine_steps_total", "abyssal:engine_step_seconds_total")
-        return Counted(*(_value(text, name) for name in names))
+        tokens, steps, seconds = (_value(text, name) for name in names)
+        return Counted(tokens, steps, seconds)
+
+    def cpu_seconds(self) -> float:
+        """That the engine's process has computed, all threads together."""
+        user, system = Path(f"/proc/{self._engine}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         """End it, and wait until it has."""
@@ -69,6 +76,15 @@ class ServerProcess:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _engine_of(pid: int) -> int:
+    """The engine's process: the one child that runs it."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            if "abyssal.engine.worker" in Path(f"/proc/{child}/cmdline").read_text():
+                return int(child)
+    raise RuntimeError(f"process {pid} has no engine")
 
 
 def _value(metrics: str, name: str) -> float:
