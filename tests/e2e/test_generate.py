@@ -53,7 +53,9 @@ def test_transformers_writes_the_same(trained_model: TrainedModel) -> None:
     theirs: Any = AutoModelForCausalLM.from_pretrained(trained_model.folder, dtype=torch.float32)
     ids = trained_model.tokenizer.encode(PROMPT, add_bos=True)
     assert tokenizer(PROMPT, add_special_tokens=False)["input_ids"] == ids[1:]
-    expected = theirs.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=0)
+    tokens_BS = torch.tensor([ids])
+    # Without a mask of ours, tokens that are equal to the padding would be masked.
+    expected = theirs.generate(tokens_BS, attention_mask=torch.ones_like(tokens_BS), max_new_tokens=24, do_sample=False)
     output = LLM(trained_model.model).generate([ids], SamplingParams(temperature=0, max_tokens=24))[0]
     assert list(output.token_ids) == expected[0, len(ids) :].tolist()
 

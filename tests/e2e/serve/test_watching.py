@@ -15,15 +15,15 @@ Samples = dict[tuple[str, str], float]
 
 
 def scraped(server: LiveServer) -> Samples:
-    """By name and the value of the label that tells two of a name apart."""
+    """By name and the value of the label that tells two of a name apart; sums over any other."""
     text = httpx.get(f"{server.url}/metrics").text
     told = ("finished_reason", "position", "state", "path")
-    return {
-        (one.name, next((one.labels[label] for label in told if label in one.labels), "")): one.value
-        for family in text_string_to_metric_families(text)
-        for one in family.samples
-        if "le" not in one.labels
-    }
+    samples: Samples = {}
+    for one in (one for family in text_string_to_metric_families(text) for one in family.samples):
+        if "le" not in one.labels:
+            key = one.name, next((one.labels[label] for label in told if label in one.labels), "")
+            samples[key] = samples.get(key, 0.0) + one.value
+    return samples
 
 
 def complete(server: LiveServer, prompt: str, **more: Any) -> dict[str, Any]:

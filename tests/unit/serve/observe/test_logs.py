@@ -88,9 +88,10 @@ def test_colors_are_for_terminals() -> None:
 
 @pytest.fixture
 def loggers() -> Iterator[None]:
-    """As they were afterwards."""
-    names = (None, "abyssal", "uvicorn", "uvicorn.access")
+    """As nobody has set them; as they were afterwards."""
+    names = (None, "abyssal", "uvicorn", "uvicorn.access", "uvicorn.error")
     kept = [(log := logging.getLogger(name), log.handlers, log.level, log.propagate) for name in names]
+    logging.getLogger("uvicorn.error").setLevel(logging.NOTSET)
     yield
     for log, handlers, level, propagate in kept:
         log.handlers, log.propagate = handlers, propagate
