@@ -23,7 +23,7 @@ from pydantic import Field
 
 from abyssal.serve.events import Prepared
 from abyssal.serve.protocol.chat import ChatRequest, Thinking, prepare_chat
-from abyssal.serve.protocol.common import Named, Strict, Unsupported, read
+from abyssal.serve.protocol.common import INT64, Named, Strict, Unsupported, read
 from abyssal.serve.protocol.errors import ApiError, bad_parameter, not_supported, of_value_error
 from abyssal.serve.protocol.served import ServedModel
 
@@ -103,7 +103,7 @@ class MessagesRequest(Named):
     thinking: ThinkingConfig | None = None
     tool_choice: ToolChoice | None = None
     tools: list[Tool] | None = None
-    top_k: int = Field(default=0, ge=0)
+    top_k: int = Field(default=0, ge=0, lt=INT64)
     top_p: float = Field(default=1.0, gt=0, le=1)
     cache_control: CacheControl | None = None
 

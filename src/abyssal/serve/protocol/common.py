@@ -85,10 +85,10 @@ class SamplingFields(Named):
     stream_options: StreamOptions | None = None
     user: str = Field(default="", max_length=512)
     # vLLM's, which DeepSeek's and OpenAI's APIs do not have
-    top_k: int = Field(default=0, ge=-1)
+    top_k: int = Field(default=0, ge=-1, lt=INT64)
     min_p: float = Field(default=0.0, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0, le=100)
-    min_tokens: int = Field(default=0, ge=0)
+    min_tokens: int = Field(default=0, ge=0, lt=INT64)
     ignore_eos: bool = False
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool = False

@@ -113,6 +113,8 @@ def test_unsupported_parameters_are_refused_by_name_unless_they_ask_for_nothing(
         ({"n": 1000}, "n"),
         ({"n": 2, "temperature": 0}, "n"),
         ({"seed": 1 << 64}, "seed"),
+        ({"top_k": 1 << 63}, "top_k"),
+        ({"min_tokens": 1 << 63}, "min_tokens"),
         ({"stop": ""}, "stop"),
         ({"stop": 1}, "stop"),
         ({"stop": ["x"] * 17}, "stop"),
