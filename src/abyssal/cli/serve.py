@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import sqlite3
 from contextlib import AsyncExitStack, ExitStack
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 EXIT_ENGINE = 1
 _WATCH_SECONDS = 0.5
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\sA-Z]+|null")
+"""As the header Origin has it: without a path, not even its slash, and in small letters."""
 
 log = logging.getLogger("abyssal.serve")
 
@@ -126,6 +129,11 @@ def _check(options: Options) -> None:
     for name in ("max_requests", "max_body_mib", "drain_seconds", "keep_alive_seconds"):
         if not getattr(options, name) > (-1 if name == "drain_seconds" else 0):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give a number above 0")
+    for origin in options.cors_origin:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"--cors-origin: {origin!r} is no origin; write it as browsers do, https://chat.example, or *"
+            )
     if not 0 <= options.port < 1 << 16:
         raise ValueError(f"--port is {options.port}; give 0 to 65535")
     if not options.model.is_dir():

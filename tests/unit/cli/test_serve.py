@@ -51,6 +51,8 @@ def make_key(capsys: pytest.CaptureFixture[str], file: Path, name: str = "alice"
         (["{folder}", "--port", "0", "--host", "nowhere.invalid"], "--host: 'nowhere.invalid'"),
         (["{folder}", "--max-requests", "0"], "--max-requests is 0"),
         (["{folder}", "--port", "0", "--host", "0.0.0.0"], "no keys"),
+        (["{folder}", "--cors-origin", "chat.example"], "--cors-origin: 'chat.example'"),
+        (["{folder}", "--cors-origin", "*", "--cors-origin", "https://chat.example/"], "is no origin"),
         (["{folder}", "--open", "--keys", "x"], "contradict each other"),
         (["{folder}", "--keys", "{folder}/x"], "abyssal keys create"),
         (["{folder}", "--operator", "alice"], "--operator"),
