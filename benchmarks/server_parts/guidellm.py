@@ -25,6 +25,8 @@ from .load import WARM_UP, WARM_UP_SEED, jobs, lengths, serve_options
 from .models import servable_model
 from .process import NAME, ServerProcess
 
+ENVIRONMENT = {"GUIDELLM__MAX_WORKER_PROCESSES": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+"""One process for its clients: with its ten, they take the processor from the server that they measure."""
 SECONDS = 900
 """After which a run is given up."""
 
@@ -58,7 +60,7 @@ def _run(program: Path, folder: Path, port: int, clients: int, count: int, setti
         command += ["--constraint", f"kind=max_requests,count={count}"]
         command += ["--data", f"kind=synthetic_text,prompt_tokens={prefix + tail},output_tokens={new}"]
         command += ["--tokenizer", f"kind=huggingface_auto,model={folder}", "--output", f"kind=json,path={report}"]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **ENVIRONMENT}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS)
         if done.returncode or not report.exists():
             raise RuntimeError(f"guidellm failed:\n{done.stderr[-2000:]}")
