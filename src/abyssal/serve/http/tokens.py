@@ -10,7 +10,7 @@ from pydantic import Field
 from abyssal.serve.http.front import Front
 from abyssal.serve.http.work import Done
 from abyssal.serve.protocol.chat import MOST_TOOLS, checked_messages
-from abyssal.serve.protocol.common import Named, Unsupported, checked_tokens, read
+from abyssal.serve.protocol.common import Listed, Named, Unsupported, checked_tokens, read
 from abyssal.serve.protocol.errors import bad_parameter, of_value_error
 from abyssal.serve.protocol.served import ServedModel
 from abyssal.text.template_parts import encode_parts
@@ -31,8 +31,8 @@ class TokenizeRequest(Named):
     prompt: str | None = None
     add_special_tokens: bool = True
     """Put the token first that prompts begin with, where the model has one; of a text alone."""
-    messages: list[dict[str, Any]] | None = Field(default=None, min_length=1)
-    tools: list[dict[str, Any]] | None = None
+    messages: Listed[dict[str, Any]] | None = Field(default=None, min_length=1)
+    tools: Listed[dict[str, Any]] | None = None
     return_token_strs: bool = False
 
 
@@ -41,7 +41,7 @@ class DetokenizeRequest(Named):
 
     model: str = ""
     """By default the one that runs here."""
-    tokens: list[int]
+    tokens: Listed[int]
 
 
 def make_tokenized(front: Front, body: Mapping[str, Any]) -> Done:

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from abyssal.serve.events import Prepared
 from abyssal.serve.protocol.chat import ChatRequest, Thinking, prepare_chat
-from abyssal.serve.protocol.common import INT64, Named, Strict, Unsupported, read
+from abyssal.serve.protocol.common import INT64, Listed, Named, Strict, Unsupported, read
 from abyssal.serve.protocol.errors import ApiError, bad_parameter, not_supported, of_value_error
 from abyssal.serve.protocol.served import ServedModel
 
@@ -87,22 +87,22 @@ class Message(Strict):
     """One of ``messages``."""
 
     role: Literal["user", "assistant"]
-    content: str | list[dict[str, Any]]
+    content: str | Listed[dict[str, Any]]
 
 
 class MessagesRequest(Named):
     """Anthropic's schema without what is in :data:`UNSUPPORTED`."""
 
     max_tokens: int = Field(ge=1)
-    messages: list[Message] = Field(min_length=1)
-    system: str | list[dict[str, Any]] | None = None
+    messages: Listed[Message] = Field(min_length=1)
+    system: str | Listed[dict[str, Any]] | None = None
     metadata: Metadata | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Listed[str] | None = None
     stream: bool = False
     temperature: float = Field(default=1.0, ge=0, le=1)
     thinking: ThinkingConfig | None = None
     tool_choice: ToolChoice | None = None
-    tools: list[Tool] | None = None
+    tools: Listed[Tool] | None = None
     top_k: int = Field(default=0, ge=0, lt=INT64)
     top_p: float = Field(default=1.0, gt=0, le=1)
     cache_control: CacheControl | None = None

@@ -16,6 +16,7 @@ from pydantic import Field
 from abyssal.engine.messages import SamplingParams, StructuredOutput
 from abyssal.serve.events import Prepared
 from abyssal.serve.protocol.common import (
+    Listed,
     SamplingFields,
     Strict,
     Unsupported,
@@ -82,8 +83,8 @@ class Thinking(Strict):
 class ChatRequest(SamplingFields):
     """OpenAI's schema without what is in :data:`UNSUPPORTED`, and DeepSeek's extras."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1)
-    tools: list[dict[str, Any]] | None = None
+    messages: Listed[dict[str, Any]] = Field(min_length=1)
+    tools: Listed[dict[str, Any]] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool = True
     response_format: dict[str, Any] | None = None

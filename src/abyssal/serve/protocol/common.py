@@ -8,9 +8,9 @@ A parameter that is ``null`` is absent, as clients send it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from abyssal.engine.messages import SamplingParams, StructuredOutput
 from abyssal.serve.protocol.errors import (
@@ -22,6 +22,7 @@ from abyssal.serve.protocol.errors import (
     of_value_error,
     too_long,
     unknown_model,
+    unknown_parameter,
 )
 from abyssal.serve.protocol.served import ServedModel
 
@@ -29,6 +30,8 @@ MOST_STOPS = 16
 """Stop texts of one request: DeepSeek's limit (OpenAI's is 4)."""
 MOST_STOP_CHARACTERS = 1024
 """Of one stop text: the end of the output is held against each at every step."""
+MOST_FIELDS = 1000
+"""Of an object with a schema, known or not."""
 INT64 = 1 << 63
 
 
@@ -40,10 +43,30 @@ class Unsupported(NamedTuple):
     hint: str
 
 
+class _FirstAlone(FailFast):
+    """A list of millions may hold as many mistakes, and to gather them would hold up everybody else."""
+
+    def __hash__(self) -> int:  # a member of a union needs one
+        return hash(_FirstAlone)
+
+
+Item = TypeVar("Item")
+Listed = Annotated[list[Item], _FirstAlone()]
+"""A list, whose first wrong item is the only one that is told of."""
+
+
 class Strict(BaseModel):
     """Unknown fields, other types and numbers that are none are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        """As :class:`_FirstAlone`: unknown fields too are told of one by one."""
+        if isinstance(value, Mapping) and len(value) > MOST_FIELDS:
+            raise ValueError(f"an object of {len(value)} fields; it may have {', '.join(cls.model_fields)}")
+        return value
 
 
 class StreamOptions(Strict):
@@ -76,7 +99,7 @@ class SamplingFields(Named):
     top_p: float = Field(default=1.0, gt=0, le=1)
     n: int = Field(default=1, ge=1)
     seed: int | None = Field(default=None, ge=-INT64, lt=INT64)
-    stop: str | list[str] | None = None
+    stop: str | Listed[str] | None = None
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
@@ -90,9 +113,18 @@ class SamplingFields(Named):
     repetition_penalty: float = Field(default=1.0, gt=0, le=100)
     min_tokens: int = Field(default=0, ge=0, lt=INT64)
     ignore_eos: bool = False
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Listed[int] | None = None
     include_stop_str_in_output: bool = False
     priority: int = Field(default=0, ge=-INT64, lt=INT64)
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _numbers(cls, value: object) -> object:
+        """As :class:`_FirstAlone`."""
+        for key, bias in value.items() if isinstance(value, Mapping) else ():
+            if type(bias) not in (int, float):
+                raise ValueError(f"that of token {key[:20]!r} must be a number")
+        return value
 
     @property
     def include_usage(self) -> bool:
@@ -123,6 +155,9 @@ def read(schema: type[Request], body: object, unsupported: Mapping[str, Unsuppor
         if not any(type(given[name]) is type(value) and given[name] == value for value in known.harmless):
             raise not_supported(name, known.hint)
         del given[name]
+    for name in given:
+        if name not in schema.model_fields:
+            raise unknown_parameter(name)
     try:
         request = schema.model_validate(given)
     except ValidationError as error:

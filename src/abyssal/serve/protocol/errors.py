@@ -25,7 +25,7 @@ The statuses are DeepSeek's; the body is OpenAI's, whose clients make an excepti
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -123,6 +123,14 @@ def far_too_long(num_prompt: int, most: int) -> ApiError:
     return ApiError(400, message, code="context_length_exceeded")
 
 
+def unknown_parameter(*location: str | int) -> ApiError:
+    """The request has a field that the API does not know, whose name may be any text."""
+    *outer, name = location
+    shown = (str(name) if str(name).isidentifier() else repr(name))[:MOST_NAME]
+    where = f"{_where(outer)}.{shown}" if outer else shown
+    return bad_parameter(where, "unknown parameter; remove it", "unknown_parameter")
+
+
 def unknown_model(name: str, known: Sequence[str]) -> ApiError:
     """The request names a model that is not served."""
     message = f"The model {name!r} does not exist here; there is {', '.join(known)}"
@@ -137,28 +145,16 @@ def of_value_error(error: ValueError) -> ApiError:
     )
 
 
-def of_validation(error: ValidationError, hints: Mapping[str, str] | None = None) -> ApiError:
-    """The first thing that a schema found wrong.
-
-    Args:
-        hints: what to do instead, by parameter.
-    """
+def of_validation(error: ValidationError) -> ApiError:
+    """The first thing that a schema found wrong."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = _where(first["loc"])
     if first["type"] == "extra_forbidden":
-        where = _unknown(first["loc"])
-        return bad_parameter(where, (hints or {}).get(where, "unknown parameter; remove it"), "unknown_parameter")
+        return unknown_parameter(*first["loc"])
     if first["type"] == "missing":
         return bad_parameter(where, "missing; give it", "missing_required_parameter")
     text = first["msg"].removeprefix("Value error, ")
     return bad_parameter(where, text[:1].lower() + text[1:]) if where else of_value_error(ValueError(text))
-
-
-def _unknown(location: Sequence[int | str]) -> str:
-    """Of a field that there is not, whose name the caller made up: any text."""
-    *outer, name = location
-    led = f"{_where(outer)}." if outer else ""
-    return led + (str(name) if str(name).isidentifier() else repr(name))[:MOST_NAME]
 
 
 def _where(location: Sequence[int | str]) -> str:

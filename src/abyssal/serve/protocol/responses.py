@@ -14,7 +14,7 @@ from pydantic import Field
 
 from abyssal.serve.events import Prepared
 from abyssal.serve.protocol.chat import ChatRequest, Thinking, prepare_chat
-from abyssal.serve.protocol.common import Named, StreamOptions, Strict, Unsupported, read
+from abyssal.serve.protocol.common import Listed, Named, StreamOptions, Strict, Unsupported, read
 from abyssal.serve.protocol.errors import ApiError, bad_parameter, not_supported, of_value_error
 from abyssal.serve.protocol.served import ServedModel
 
@@ -70,7 +70,7 @@ class Function(Strict):
 class ResponsesRequest(Named):
     """OpenAI's schema without what is in :data:`UNSUPPORTED`, and DeepSeek's ``thinking``."""
 
-    input: str | list[dict[str, Any]]
+    input: str | Listed[dict[str, Any]]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     parallel_tool_calls: bool = True
@@ -81,7 +81,7 @@ class ResponsesRequest(Named):
     text: TextConfig | None = None
     thinking: Thinking | None = None
     tool_choice: Any = None
-    tools: list[Function] | None = None
+    tools: Listed[Function] | None = None
     top_p: float = Field(default=1.0, gt=0, le=1)
     user: str = Field(default="", max_length=512)
 
