@@ -20,6 +20,9 @@ CONNECTION = "abyssal.connection"
 """Of a scope's ``extensions``: ``close``, which ends the connection after what was written, and ``abort``, at once."""
 HEADER_SECONDS = 10.0
 HEADER_BYTES = 64 << 10
+REST_BYTES = 64 << 20
+"""Of a body that is still coming when its request was refused.  It is passed over, in as many seconds as a head has:
+who is cut off while it sends may never see the answer."""
 _SPARE_FILES = 128
 """File handles that connections leave to the rest of the process."""
 
@@ -37,6 +40,10 @@ class Connection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         """Of a head that is not complete."""
+        self._body_comes = False
+        """A head was complete, and its body is not."""
+        self._rest_bytes = 0
+        """Of a body that came after its answer."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -53,10 +60,15 @@ class Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self.cycle is None or self.cycle.response_complete:
-            self._head_bytes += len(data)
+            if self._body_comes:
+                self._rest_bytes += len(data)
+            else:
+                self._head_bytes += len(data)
             if self._timer is None:
                 self._start_timer()
         super().data_received(data)
+        if self._rest_bytes > REST_BYTES:
+            self.transport.close()
         if self._head_bytes > self.header_bytes and not self.transport.is_closing():
             self._refuse(ApiError(431, f"The request's head is larger than {self.header_bytes} bytes; shorten it"))
 
@@ -65,7 +77,18 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         ends = {"close": self.transport.close, "abort": self.transport.abort}
         self.scope["extensions"] = {CONNECTION: ends}  # type: ignore[typeddict-item]
+        self._body_comes, self._rest_bytes = True, 0
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._body_comes = False
+        if self.cycle is not None and self.cycle.response_complete:  # the connection waits for another request again
+            self._stop_timer()
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, msg, code="invalid_http"))

@@ -205,6 +205,40 @@ def test_a_refused_body_is_not_waited_for(app_of: App, desk: Desk) -> None:
     assert error_of(asyncio.run(run()))[0] == 401
 
 
+def test_a_refusal_is_heard_while_a_long_body_is_being_sent(app_of: App, desk: Desk) -> None:
+    """And the connection goes on."""
+    body = b" " * 3_000_000
+
+    async def run() -> list[bytes]:
+        async with running(app_of(desk=desk)) as server:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            heard: list[bytes] = []
+            for _ in range(2):
+                writer.write(HEAD + f"content-length: {len(body)}\r\n\r\n".encode() + body[:9])
+                heard.append(await asyncio.wait_for(reader.readuntil(b"}}"), 3))
+                for begin in range(9, len(body), 100_000):
+                    writer.write(body[begin : begin + 100_000])
+                    await writer.drain()
+            writer.close()
+            return heard
+
+    assert [error_of(answer)[0] for answer in asyncio.run(run())] == [401, 401]
+
+
+def test_the_rest_of_a_refused_body_is_bounded(app_of: App, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "REST_BYTES", 1_000_000)
+    monkeypatch.setattr(Connection, "header_seconds", 0.3)
+    head = HEAD + b"content-length: 900000000\r\n\r\n"
+
+    async def run() -> list[bytes]:
+        async with running(app_of(desk=desk)) as server:
+            large = await talk(server, head, *[b" " * 200_000] * 20, pause=0.001)
+            slow = await talk(server, head, *[b" "] * 8, pause=0.1)
+            return [large, slow]
+
+    assert [error_of(answer)[0] for answer in asyncio.run(run())] == [401, 401]
+
+
 def test_large_bodies_stall_nobody(app_of: App) -> None:
     """Ten megabytes of tools take seconds of work, in which the loop answers others as ever."""
     parameters = {"type": "object", "properties": {f"p{index}": {"description": "x" * 50} for index in range(250)}}
