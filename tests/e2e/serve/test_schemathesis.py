@@ -26,10 +26,10 @@ def test_requests_made_from_the_description(server: LiveServer) -> None:
 
         schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
         fuzz = Fuzz(schema, send, "trained", {"max_tokens": 4})
-        fuzz.run(examples=3)
+        fuzz.run(examples=2)
     answered = {path for path, status in fuzz.statuses if status == 200}
     assert {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/anthropic/v1/messages"} <= answered
-    assert fuzz.requests > 100 and server.get("/ready").status_code == 200
+    assert fuzz.requests > 80 and server.get("/ready").status_code == 200
 
 
 @pytest.fixture
