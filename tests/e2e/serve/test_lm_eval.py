@@ -14,8 +14,6 @@ from abyssal.engine.messages import SamplingParams
 from tests.support.live_server import LiveServer
 from tests.support.trained_model import TrainedModel
 
-pytest.importorskip("tenacity", reason="lm-eval's clients of APIs need lm-eval[api]")
-
 TASK = """
 task: {name}
 dataset_path: json
