@@ -7,9 +7,10 @@ twice in one object, and nesting deeper than any honest request's, which would e
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from starlette.types import Receive
@@ -114,7 +115,8 @@ def parse(raw: bytes | bytearray) -> Mapping[str, Any]:
         ApiError: 400.
     """
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_object, parse_constant=_no_number, parse_float=_number)
+        with _uncollected(len(raw)):
+            value = json.loads(raw.decode(), object_pairs_hook=_object, parse_constant=_no_number, parse_float=_number)
     except UnicodeDecodeError as error:
         raise _invalid(f"byte {error.start} is not UTF-8") from None
     except RecursionError:
@@ -127,6 +129,20 @@ def parse(raw: bytes | bytearray) -> Mapping[str, Any]:
         raise _invalid("it must be an object")
     _check_depth(value)
     return value
+
+
+@contextmanager
+def _uncollected(num_bytes: int) -> Iterator[None]:
+    """Look for no garbage meanwhile: amid the millions of values that a large body may hold there is none, and the
+    search stops all threads for longer than to read them takes."""
+    if num_bytes <= SMALL_BYTES or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
 
-from abyssal.serve.protocol.errors import of_value_error
+from abyssal.serve.http.body import parse
+from abyssal.serve.protocol.errors import ApiError, of_value_error
 from abyssal.serve.service import State
 from tests.support.scripted_service import ScriptedService
 from tests.support.serving import MODEL
@@ -277,3 +280,22 @@ def test_an_unknown_parameter_is_named_whatever_its_name(client_of: Client, give
         error = check_shape(response)
         assert (response.status_code, error["code"], error["param"]) == (422, "unknown_parameter", name)
         assert error["message"] == f"{name}: unknown parameter; remove it"
+
+
+@pytest.mark.parametrize("end", ["]}", "]"])
+def test_a_body_of_many_values_is_read_without_looking_for_garbage(end: str) -> None:
+    """Which would stop everybody, again and again."""
+    looked: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        looked.append(phase)
+
+    raw = ('{"a": [' + "[]," * 300_000 + "0" + end).encode()
+    gc.callbacks.append(note)
+    try:
+        with suppress(ApiError):
+            parse(raw)
+        during = len(looked)
+    finally:
+        gc.callbacks.remove(note)
+    assert gc.isenabled() and during < 10
