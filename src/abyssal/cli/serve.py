@@ -127,8 +127,12 @@ def main(argv: list[str]) -> int:
 
 def _check(options: Options) -> None:
     for name in ("max_requests", "max_body_mib", "drain_seconds", "keep_alive_seconds"):
-        if not getattr(options, name) > (-1 if name == "drain_seconds" else 0):
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give a number above 0")
+        value = getattr(options, name)
+        if not (value >= 0 if name == "drain_seconds" else value > 0):
+            least = "of 0 or more" if name == "drain_seconds" else "above 0"
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; give a number {least}")
+    if not _name(options).isprintable():
+        raise ValueError(f"--name is {_name(options)!r}; give one of printable characters")
     for origin in options.cors_origin:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             raise ValueError(

@@ -23,6 +23,10 @@ TOKENIZE_UNSUPPORTED: Mapping[str, Unsupported] = {
 }
 
 
+_MOST_LENGTHS = 8
+"""Of a model's length: so many tokens are counted, or shown as text, for nothing."""
+
+
 class TokenizeRequest(Named):
     """A text, or a conversation."""
 
@@ -66,6 +70,8 @@ def make_detokenized(front: Front, body: Mapping[str, Any]) -> Done:
     """
     served = front.served()
     request = read(DetokenizeRequest, _named(body, served), {}, served)
+    if len(request.tokens) > _MOST_LENGTHS * served.max_length:
+        raise bad_parameter("tokens", f"{len(request.tokens)} tokens; give at most {_MOST_LENGTHS * served.max_length}")
     tokens = checked_tokens("tokens", request.tokens, served.vocab_size)
     return Done(request.model, {"prompt": served.tokenizer.decode(tokens)})
 
@@ -81,6 +87,9 @@ def _tokens(request: TokenizeRequest, served: ServedModel) -> Sequence[int]:
         assert request.prompt is not None
         if request.tools is not None:
             raise bad_parameter("tools", "they go with messages; leave them out")
+        if (least := served.least_tokens(len(request.prompt.encode()))) > _MOST_LENGTHS * served.max_length:
+            most = _MOST_LENGTHS * served.max_length
+            raise bad_parameter("prompt", f"{least} tokens or more; give at most {most} at a time")
         return served.encode_all([request.prompt], begin=request.add_special_tokens)[0]
     if len(request.tools or []) > MOST_TOOLS:
         raise bad_parameter("tools", f"{len(request.tools or [])} tools; give at most {MOST_TOOLS}")

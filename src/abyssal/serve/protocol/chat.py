@@ -129,9 +129,13 @@ def prepare_chat(request: ChatRequest, messages: Sequence[Mapping[str, Any]], se
     max_tokens = _max_tokens(request)
     check_length(len(ids), max_tokens, served)
     shown_tools = None if request.tool_choice == "none" else request.tools
+    params = _params(request, prompt, max_tokens, served)
+    if params.structured is not None and messages[-1].get("prefix"):  # a form is followed from its own beginning
+        name = "tool_choice" if request.response_format is None else "response_format"
+        raise bad_parameter(name, "the answer's form does not go on from a prefix; leave out one of them")
     return Prepared(
         prompts=(ids,),
-        params=_params(request, prompt, max_tokens, served),
+        params=params,
         model=request.model,
         stream=request.stream,
         include_usage=request.include_usage,

@@ -75,6 +75,8 @@ def test_a_conversation_in_tokens(client_of: Client) -> None:
         ("/detokenize", {"tokens": [1 << 40]}, 422),
         ("/detokenize", {"tokens": [-1]}, 422),
         ("/detokenize", {"tokens": [1], "model": {}}, 422),
+        ("/detokenize", {"tokens": [1] * (8 * 4096 + 1)}, 422),
+        ("/tokenize", {"prompt": "a" * (1 << 22)}, 422),
     ],
 )
 def test_what_cannot_be_tokenized(client_of: Client, path: str, fields: dict[str, Any], status: int) -> None:

@@ -206,6 +206,8 @@ def test_prefix_on_beta_goes_on_from_the_last_message() -> None:
     prepared = prepare(body(messages=[USER, start]), model, beta=True)
     assert model.tokenizer.decode(prepared.prompts[0]).endswith("the user")
     assert refused(body(messages=[start, USER]), beta=True).param == "messages[0].prefix"
+    formed = body(messages=[USER, start], response_format={"type": "json_object"})
+    assert refused(formed, beta=True).param == "response_format", "the form would begin behind the prefix"
 
 
 # ---- answers
