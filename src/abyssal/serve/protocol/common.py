@@ -149,15 +149,15 @@ def read(schema: type[Request], body: object, unsupported: Mapping[str, Unsuppor
     if not isinstance(body, Mapping):
         raise ApiError(400, "The body must be a JSON object", code="invalid_json")
     check_texts(body)
+    for name in body:
+        if name not in schema.model_fields and name not in unsupported:
+            raise unknown_parameter(name)
     given = {name: value for name, value in body.items() if value is not None}
     for name in [name for name in given if name in unsupported]:
         known = unsupported[name]
         if not any(type(given[name]) is type(value) and given[name] == value for value in known.harmless):
             raise not_supported(name, known.hint)
         del given[name]
-    for name in given:
-        if name not in schema.model_fields:
-            raise unknown_parameter(name)
     try:
         request = schema.model_validate(given)
     except ValidationError as error:

@@ -72,6 +72,7 @@ BODIES = {
     "another model": (RAW.replace(MODEL.encode(), b"gpt-4o"), 404, "model_not_found"),
     "no model": (b'{"messages": []}', 422, "missing_required_parameter"),
     "unknown parameter": (json.dumps({**BODY, "tempature": 1}).encode(), 422, "unknown_parameter"),
+    "unknown parameter that is null": (json.dumps({**BODY, "tempature": None}).encode(), 422, "unknown_parameter"),
     "not supported": (json.dumps({**BODY, "store": True}).encode(), 422, "unsupported_parameter"),
     "out of range": (json.dumps({**BODY, "temperature": 3}).encode(), 422, "invalid_value"),
     "another type": (json.dumps({**BODY, "stream": "yes"}).encode(), 422, "invalid_value"),
