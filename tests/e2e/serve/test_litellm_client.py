@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ output = 10.0
 
 @pytest.fixture(scope="module")
 def litellm() -> Any:
-    pytest.importorskip("litellm")
+    if find_spec("litellm") is None:  # importorskip would load it before it is told to keep off the network
+        pytest.skip("LiteLLM is not installed")
     from abyssal.serve.routes.library import load
 
     return load()
@@ -62,7 +64,7 @@ def test_tools_and_reasoning_through_it(litellm: Any, family_server: LiveServer,
     schema = {"type": "object", "properties": {"days": {"enum": [1, 2]}}, "required": ["days"]}
     tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
     choice = {"type": "function", "function": {"name": "weather"}}
-    ask["seed"] = 1  # what random weights think may be nothing
+    ask["seed"] = 1  # random weights may write white space up to max_tokens
     done = litellm.completion(**ask, tools=[tool], tool_choice=choice, max_tokens=1500)
     (call,) = done.choices[0].message.tool_calls
     assert call.function.name == "weather" and json.loads(call.function.arguments)["days"] in (1, 2)
