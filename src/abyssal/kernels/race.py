@@ -2,7 +2,7 @@
 
 Token v arrives at E_v / w_v, E_v exponential by a counter (:mod:`~abyssal.kernels.counter_random`) and
 w_v = exp((logit_v - largest) / temperature).  The definition takes an exponential and a logarithm in FP64 for each
-token: milliseconds a row of 129K tokens (``benchmarks/draws.py``).  But who arrives after the likeliest token cannot win,
+token: milliseconds a row of 129K (``benchmarks/draws.py``).  But who arrives after the likeliest token cannot win,
 whatever top-p and min-p cut off, since they never cut off the likeliest; and a comparison in FP32 tells nearly all of
 those.  The few others are left to the caller, who looks at them by the definition, so that the token drawn is the
 definition's, bit for bit.
