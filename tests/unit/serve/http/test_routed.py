@@ -58,12 +58,16 @@ def routes(elsewhere: Elsewhere) -> Routes:
     return Routes({"far/": elsewhere})
 
 
-def ask(client: httpx.AsyncClient, path: str = CHAT, **fields: Any) -> httpx.Response:
+def post(client: httpx.AsyncClient, path: str, **fields: Any) -> httpx.Response:
     async def run() -> httpx.Response:
         async with client:
-            return await client.post(path, json={"model": "far/one", "messages": [], **fields})
+            return await client.post(path, json=fields)
 
     return asyncio.run(run())
+
+
+def ask(client: httpx.AsyncClient, **fields: Any) -> httpx.Response:
+    return post(client, CHAT, **{"model": "far/one", "messages": [], **fields})
 
 
 def usage_rows(store: Store) -> list[tuple[Any, ...]]:
@@ -101,13 +105,10 @@ def test_what_it_refuses_and_where_it_fails(
 
 @pytest.mark.parametrize("path", ["/v1/responses", "/beta/chat/completions", "/anthropic/v1/messages"])
 def test_other_apis_do_not_go_there(client_of: Client, routes: Routes, elsewhere: Elsewhere, path: str) -> None:
-    fields = (
-        {"input": "a", "messages": None}
-        if path == "/v1/responses"
-        else {"messages": [{"role": "user", "content": "a"}]}
-    )
+    fields = {"input": "a"} if path == "/v1/responses" else {"messages": [{"role": "user", "content": "a"}]}
     more = {"max_tokens": 5} if "anthropic" in path else {}
-    assert ask(client_of(routes=routes), path, **fields, **more).status_code == 404
+    response = post(client_of(routes=routes), path, model="far/one", **fields, **more)
+    assert response.status_code == 404, response.text
     assert not elsewhere.ran
 
 
