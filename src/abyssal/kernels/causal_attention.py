@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abyssal.kernels.matmul import product_dtype
+
 BLOCK = 64
 """Queries of a block: the fewest with which a batched product still runs at full speed."""
 KEPT_BYTES = 256 << 20
@@ -50,10 +52,11 @@ def _block_weights(q_NMQ: Tensor, k_NLQ: Tensor, scale: float) -> Tensor:
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_NSQ: Tensor, k_NSQ: Tensor, v_NSV: Tensor, scale: float) -> Tensor:
-        out_NSV, kept = torch.empty_like(v_NSV), []
+        out_NSV, kept, dtype = torch.empty_like(v_NSV), [], product_dtype(q_NSQ)
+        q, k, v = (tensor.to(dtype) for tensor in (q_NSQ, k_NSQ, v_NSV))
         for rows in _blocks(q_NSQ.shape[1]):
-            weights_NML = _block_weights(q_NSQ[:, rows], k_NSQ[:, : rows.stop], scale)
-            out_NSV[:, rows] = weights_NML @ v_NSV[:, : rows.stop]
+            weights_NML = _block_weights(q[:, rows], k[:, : rows.stop], scale).to(q_NSQ.dtype)
+            out_NSV[:, rows] = weights_NML.to(dtype) @ v[:, : rows.stop]
             kept.append(weights_NML)
         ctx.save_for_backward(q_NSQ, k_NSQ, v_NSV, out_NSV, *kept)
         ctx.scale = scale
@@ -63,17 +66,18 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dout_NSV,) = gradients
         q_NSQ, k_NSQ, v_NSV, out_NSV, *kept = ctx.saved_tensors
-        wide = torch.promote_types(q_NSQ.dtype, torch.float32)
+        wide, dtype = torch.promote_types(q_NSQ.dtype, torch.float32), product_dtype(q_NSQ)
         dq_NSQ = torch.empty_like(q_NSQ)
         dk_NSQ, dv_NSV = torch.zeros_like(k_NSQ, dtype=wide), torch.zeros_like(v_NSV, dtype=wide)
         inner_NS1 = (dout_NSV * out_NSV).sum(-1, keepdim=True, dtype=wide)
-        for rows, weights_NML in zip(_blocks(q_NSQ.shape[1]), kept, strict=True):
-            dout_NMV, seen = dout_NSV[:, rows], slice(0, rows.stop)
+        q, k, v, dout = (tensor.to(dtype) for tensor in (q_NSQ, k_NSQ, v_NSV, dout_NSV))
+        for rows, weights in zip(_blocks(q_NSQ.shape[1]), kept, strict=True):
+            dout_NMV, weights_NML, seen = dout[:, rows], weights.to(dtype), slice(0, rows.stop)
             dv_NSV[:, seen] += weights_NML.transpose(1, 2) @ dout_NMV
-            dweights_NML = dout_NMV @ v_NSV[:, seen].transpose(1, 2)
-            dscores_NML = (dweights_NML - inner_NS1[:, rows]).mul_(weights_NML).to(q_NSQ.dtype)
-            dq_NSQ[:, rows] = (dscores_NML @ k_NSQ[:, seen]).mul_(ctx.scale)
-            dk_NSQ[:, seen] += dscores_NML.transpose(1, 2) @ q_NSQ[:, rows]
+            dweights_NML = dout_NMV @ v[:, seen].transpose(1, 2)
+            dscores_NML = (dweights_NML - inner_NS1[:, rows]).mul_(weights_NML).to(dtype)
+            dq_NSQ[:, rows] = (dscores_NML @ k[:, seen]).mul_(ctx.scale)
+            dk_NSQ[:, seen] += dscores_NML.transpose(1, 2) @ q[:, rows]
         return dq_NSQ, dk_NSQ.mul_(ctx.scale).to(k_NSQ.dtype), dv_NSV.to(v_NSV.dtype), None
 
 

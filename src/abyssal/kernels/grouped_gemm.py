@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from abyssal.kernels.matmul import matmul
+
 
 def _segments(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
     """Each group that has rows, with its rows."""
@@ -29,10 +31,10 @@ def grouped_gemm(x_TI: Tensor, weight_EOI: Tensor, counts: Sequence[int]) -> Ten
     """y_TO: rows of group e times weight_EOI[e]ᵀ (Fprop).  Equal groups (heads) go as one batched product."""
     if min(counts) == max(counts) > 0:
         x_EGI = x_TI.view(len(counts), counts[0], -1)
-        return torch.bmm(x_EGI, weight_EOI.transpose(1, 2)).flatten(0, 1)
+        return matmul(x_EGI, weight_EOI.transpose(1, 2)).flatten(0, 1)
     y_TO = x_TI.new_empty(x_TI.shape[0], weight_EOI.shape[1])
     for group, rows in _segments(counts):
-        torch.mm(x_TI[rows], weight_EOI[group].t(), out=y_TO[rows])
+        matmul(x_TI[rows], weight_EOI[group].t(), out=y_TO[rows])
     return y_TO
 
 
@@ -40,7 +42,7 @@ def grouped_gemm_input(dy_TO: Tensor, weight_EOI: Tensor, counts: Sequence[int])
     """dx_TI: rows of group e times weight_EOI[e] (Dgrad)."""
     dx_TI = dy_TO.new_empty(dy_TO.shape[0], weight_EOI.shape[2])
     for group, rows in _segments(counts):
-        torch.mm(dy_TO[rows], weight_EOI[group], out=dx_TI[rows])
+        matmul(dy_TO[rows], weight_EOI[group], out=dx_TI[rows])
     return dx_TI
 
 
@@ -51,9 +53,9 @@ def grouped_gemm_weight(dy_TO: Tensor, x_TI: Tensor, counts: Sequence[int], dtyp
     for group, rows in _segments(counts):
         seen.add(group)
         if dtype == x_TI.dtype:
-            torch.mm(dy_TO[rows].t(), x_TI[rows], out=dw_EOI[group])
+            matmul(dy_TO[rows].t(), x_TI[rows], out=dw_EOI[group])
         else:
-            dw_EOI[group] = dy_TO[rows].t() @ x_TI[rows]
+            dw_EOI[group] = matmul(dy_TO[rows].t(), x_TI[rows])
     for group in set(range(len(counts))) - seen:
         dw_EOI[group].zero_()
     return dw_EOI

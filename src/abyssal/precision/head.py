@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abyssal.kernels.matmul import matmul
 from abyssal.precision.linear import operand_dtype
 from abyssal.precision.recipe import LinearEntry
 
@@ -52,17 +53,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
             targets = targets_T[rows]
-            losses, dlogits = _losses_and_probabilities(hidden[rows] @ weight.t(), targets)
+            losses, dlogits = _losses_and_probabilities(matmul(hidden[rows], weight.t()), targets)
             total += losses.sum()
             dlogits[torch.arange(len(targets), device=targets.device), targets] -= 1.0
             operand = dlogits.to(dtype)
-            torch.mm(operand, weight, out=dhidden[rows])
+            matmul(operand, weight, out=dhidden[rows])
             if dweight is None:
                 continue
             if dtype == wide:
                 dweight.addmm_(operand.t(), hidden[rows])
             else:
-                dweight += operand.t() @ hidden[rows]
+                dweight += matmul(operand.t(), hidden[rows])
         ctx.save_for_backward(dhidden, dweight)
         ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
         return total
@@ -90,7 +91,7 @@ def token_losses(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, entry:
     losses, best = [], []
     for start in range(0, len(hidden_TD), CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
-        logits = hidden_TD[rows].to(dtype) @ weight_VD.to(dtype).t()
+        logits = matmul(hidden_TD[rows].to(dtype), weight_VD.to(dtype).t())
         losses.append(_losses_and_probabilities(logits, targets_T[rows])[0])
         best.append(logits.argmax(-1))
     return torch.cat(losses), torch.cat(best)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from abyssal.kernels.gemm import try_native
 from abyssal.kernels.grouped_gemm import grouped_gemm, grouped_gemm_input, grouped_gemm_weight
+from abyssal.kernels.matmul import matmul
 from abyssal.precision.recipe import LinearEntry
 
 
@@ -99,14 +100,16 @@ class _Linear(torch.autograd.Function):
         operand_OI = weight_OI.to(dtype)
         ctx.save_for_backward(x_TI, operand_OI)  # the input as it came: a copy in another dtype is made again
         ctx.weight, ctx.queue = weight_OI, queue
-        return x_TI.to(dtype) @ operand_OI.t()
+        return matmul(x_TI.to(dtype), operand_OI.t())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TO,) = gradients
         x_TI, weight_OI = ctx.saved_tensors
-        dx_TI = (dy_TO @ weight_OI).to(x_TI.dtype) if ctx.needs_input_grad[0] else None
-        dw_OI = _finish_weight(ctx, lambda: dy_TO.t() @ x_TI.to(dy_TO.dtype)) if ctx.needs_input_grad[1] else None
+        dx_TI = matmul(dy_TO, weight_OI).to(x_TI.dtype) if ctx.needs_input_grad[0] else None
+        dw_OI = (
+            _finish_weight(ctx, lambda: matmul(dy_TO.t(), x_TI.to(dy_TO.dtype))) if ctx.needs_input_grad[1] else None
+        )
         return dx_TI, dw_OI, None, None
 
 
@@ -154,7 +157,7 @@ def linear(x_TI: Tensor, weight_OI: Tensor, entry: LinearEntry, queue: WeightQue
         return _Linear.apply(x_TI, weight_OI, dtype, queue)  # type: ignore[no-any-return]
     operand_TI, operand_OI = _cast(x_TI, dtype), _inference_weight(weight_OI, dtype)
     y_TO = try_native(operand_TI, operand_OI, None, dtype)
-    return operand_TI @ _cast(operand_OI, dtype).t() if y_TO is None else y_TO
+    return matmul(operand_TI, _cast(operand_OI, dtype).t()) if y_TO is None else y_TO
 
 
 def grouped_linear(
