@@ -87,6 +87,14 @@ def dequantise(quantised: Quantised, dtype: torch.dtype = torch.float32) -> Tens
     return (values * _spread(scales, quantised.form, values.shape, quantised.counts)).to(dtype)
 
 
+def quantise_with_values(
+    x: Tensor, form: TileFormat, dtype: torch.dtype, counts: Sequence[int] | None = None
+) -> tuple[Quantised, Tensor]:
+    """``quantise(x, form, counts)`` and its values in ``dtype``."""
+    quantised = quantise(x, form, counts)
+    return quantised, quantised.values(dtype)
+
+
 def round_trip(x: Tensor, form: TileFormat, dtype: torch.dtype, counts: Sequence[int] | None = None) -> Tensor:
     """What ``x`` comes back as, without the codes in between: ``quantise(x, form, counts).values(dtype)``."""
     return quantise(x, form, counts).values(dtype)

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from abyssal.kernels.gemm import try_native
 from abyssal.kernels.grouped_gemm import grouped_gemm, grouped_gemm_input, grouped_gemm_weight
 from abyssal.kernels.matmul import matmul
+from abyssal.precision.fp8_linear import Fp8Linear, inference_product, quantised_weight
+from abyssal.precision.operand import Activation, Operand, operand, plain
 from abyssal.precision.recipe import LinearEntry
 
 
@@ -141,17 +143,24 @@ class _GroupedLinear(torch.autograd.Function):
         return dx_TI, dw_EOI, None, None, None
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, entry: LinearEntry, queue: WeightQueue | None = None) -> Tensor:
-    """y_TO = x_TI weight_OIᵀ, in the operand dtype of ``entry``.
+def linear(
+    x_TI: Activation, weight_OI: Tensor, entry: LinearEntry, queue: WeightQueue | None = None, parts: int = 1
+) -> Tensor:
+    """y_TO = x_TI weight_OIᵀ, in the operand dtype of ``entry``, or on operands quantised as it says.
 
     Args:
-        x_TI: activations, rows by input features.
+        x_TI: activations, rows by input features; quantised here unless they are an operand already.
         weight_OI: weight; cast to the operand dtype when it differs.
         entry: the recipe's entry for this product.
         queue: where the weight gradient is put off to; None computes it in the backward.
+        parts: matrices that the weight's rows are, which are quantised each by itself.
 
-    Error bound: that of one matrix product accumulated in FP32 (FP64 for FP64 operands), rounded once.
+    Error bound: that of one matrix product accumulated in FP32 (FP64 for FP64 operands), rounded once; quantised, of
+    the product of the operands' values.
     """
+    if entry.fp8 is not None:
+        return _fp8_product(operand(x_TI, entry), weight_OI, entry, None, queue, parts)
+    x_TI = plain(x_TI)
     dtype = operand_dtype(x_TI, entry)
     if torch.is_grad_enabled() and (x_TI.requires_grad or weight_OI.requires_grad):
         return _Linear.apply(x_TI, weight_OI, dtype, queue)  # type: ignore[no-any-return]
@@ -161,7 +170,12 @@ def linear(x_TI: Tensor, weight_OI: Tensor, entry: LinearEntry, queue: WeightQue
 
 
 def grouped_linear(
-    x_TI: Tensor, weight_EOI: Tensor, counts: Sequence[int], entry: LinearEntry, queue: WeightQueue | None = None
+    x_TI: Activation,
+    weight_EOI: Tensor,
+    counts: Sequence[int],
+    entry: LinearEntry,
+    queue: WeightQueue | None = None,
+    parts: int = 1,
 ) -> Tensor:
     """One product a group: rows of group e times weight_EOI[e]ᵀ.
 
@@ -169,22 +183,39 @@ def grouped_linear(
         x_TI: rows sorted by group.
         weight_EOI: one weight a group.
         counts: rows of each group, in order; their sum is T.  Groups may be empty.
-        entry, queue: as in :func:`linear`.
+        entry, queue, parts: as in :func:`linear`.
 
     Raises:
         ValueError: counts that do not fit the weight or the rows.
     """
-    if len(counts) != weight_EOI.shape[0] or sum(counts) != x_TI.shape[0]:
+    if len(counts) != weight_EOI.shape[0] or sum(counts) != len(x_TI):
         raise ValueError(
             f"counts: {len(counts)} groups of {sum(counts)} rows do not fit {weight_EOI.shape[0]} weights "
-            f"and {x_TI.shape[0]} rows; pass one count a group, adding up to the rows"
+            f"and {len(x_TI)} rows; pass one count a group, adding up to the rows"
         )
+    if entry.fp8 is not None:
+        return _fp8_product(operand(x_TI, entry), weight_EOI, entry, counts, queue, parts)
+    x_TI = plain(x_TI)
     dtype = operand_dtype(x_TI, entry)
     if torch.is_grad_enabled() and (x_TI.requires_grad or weight_EOI.requires_grad):
         return _GroupedLinear.apply(x_TI, weight_EOI, counts, dtype, queue)  # type: ignore[no-any-return]
     operand_TI, operand_EOI = _cast(x_TI, dtype), _inference_weight(weight_EOI, dtype)
     y_TO = try_native(operand_TI, operand_EOI, counts, dtype)
     return grouped_gemm(operand_TI, _cast(operand_EOI, dtype), counts) if y_TO is None else y_TO
+
+
+def _fp8_product(
+    x: Activation,
+    weight: Tensor,
+    entry: LinearEntry,
+    counts: Sequence[int] | None,
+    queue: WeightQueue | None,
+    parts: int,
+) -> Tensor:
+    assert isinstance(x, Operand) and entry.fp8 is not None
+    if torch.is_grad_enabled() and (x.handle.requires_grad or weight.requires_grad):
+        return Fp8Linear.apply(x.handle, weight, x, entry.fp8, parts, counts, queue, _finish_weight)  # type: ignore[no-any-return]
+    return inference_product(x, weight, entry.fp8, parts, counts)
 
 
 class Linear(nn.Module):
@@ -197,14 +228,18 @@ class Linear(nn.Module):
         entry: LinearEntry,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        parts: int = 1,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.entry = entry
+        self.parts = parts
 
-    def forward(self, x_TI: Tensor, queue: WeightQueue | None = None) -> Tensor:
-        return linear(x_TI, self.weight, self.entry, queue)
+    def forward(self, x_TI: Activation, queue: WeightQueue | None = None) -> Tensor:
+        return linear(x_TI, self.weight, self.entry, queue, self.parts)
 
     def effective_weight(self) -> Tensor:
-        """The matrix (O, I) that ``forward`` multiplies by; not ``weight`` alone where an adapter adds to it."""
-        return self.weight
+        """The matrix (O, I) that ``forward`` multiplies by: an adapter's part in it, rounded as it is quantised."""
+        if self.entry.fp8 is None:
+            return self.weight
+        return quantised_weight(self.weight, self.entry.fp8, self.parts, self.weight.dtype)[1]

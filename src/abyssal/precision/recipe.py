@@ -1,42 +1,224 @@
 """Which numbers are computed in which format: the one table that model, planner and communication read.
 
-A recipe names, for each matrix product, the format of its operands, and, for what travels between ranks, the format
-on the wire.  Everything that changes a result is here and nowhere else, so that one rank and many ranks compute the
-same thing [V3 section 3.3].  Free of torch.
+A recipe names, for each matrix product, the formats of its operands, its accumulation and what the backward keeps, and,
+for what travels between ranks, the format on the wire.  Everything that changes a result is here and nowhere else, so
+that one rank and many ranks compute the same thing [V3 section 3.3].  Free of torch.
+
+:func:`fp8_recipe` is the paper's: every Linear of attention and feed-forwards in E4M3, activations by 1x128 tiles,
+weights by 128x128 blocks, and the embedding, head, gate, norms and attention as they are [V3 section 3.3.1].  What it
+may be asked to do otherwise is :class:`Fp8Options`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from abyssal.spec.tile_format import ScaleName, TileFormat
 
 Recomputed = Literal["norm", "up_projection", "swiglu"]
 """Activations that a backward may compute again: RMSNorm outputs, queries, keys and values from their latents, SwiGLU
 outputs."""
 
+Product = Literal[
+    "q", "q_a", "q_b", "kv_a", "kv_b", "k", "v", "out",
+    "dense.gate_up", "dense.down", "shared.gate_up", "shared.down", "experts.gate_up", "experts.down",
+    "mtp", "gate", "head",
+]  # fmt: skip
+"""The model's matrix products: attention's projections by their names in ``model/attention.py`` (``out`` follows the
+attention), the feed-forwards of dense layers, shared and routed experts, the projection of an MTP module, the router's
+gate, the output head."""
+
+NEVER_FP8: frozenset[Product] = frozenset({"mtp", "gate", "head"})
+"""V3 keeps gate and head out of FP8, and its checkpoints the MTP projection."""
+
+Accumulation = Literal["float32", "promoted", "tensor_core"]
+"""How an FP8 product adds up: ``float32``; as Hopper's tensor cores do, in about 14 bits (``tensor_core``); so, but
+moved to FP32 every 128 products (``promoted``) [V3 section 3.3.2]."""
+
+
+@dataclass(frozen=True)
+class ProductFormats:
+    """Operands of the three products of a Linear: Fprop y = x Wᵀ, Dgrad dx = dy W, Wgrad dW = dyᵀ x.
+
+    Raises:
+        ValueError: a format that no such product can have, by field.
+    """
+
+    input: TileFormat = TileFormat(tile="1x128")
+    """x in Fprop."""
+    weight: TileFormat = TileFormat(tile="128x128")
+    """W in Fprop and Dgrad."""
+    gradient: TileFormat = TileFormat(tile="1x128")
+    """dy in Dgrad."""
+    turned_input: TileFormat = TileFormat(tile="128x1")
+    """x in Wgrad, made from what was kept."""
+    turned_gradient: TileFormat = TileFormat(tile="128x1")
+    """dy in Wgrad."""
+    kept: TileFormat = TileFormat(tile="1x128")
+    """What the backward keeps of x."""
+    accumulation: Accumulation = "float32"
+
+    def __post_init__(self) -> None:
+        tiles = {
+            "input": ("1x128", "tensor"),
+            "weight": ("128x128", "tensor"),
+            "gradient": ("1x128", "128x128", "tensor"),
+            "turned_input": ("128x1", "tensor"),
+            "turned_gradient": ("128x1", "tensor"),
+            "kept": ("1x128", "tensor"),
+        }
+        for name, allowed in tiles.items():
+            form: TileFormat = getattr(self, name)
+            if form.tile not in allowed:
+                raise ValueError(f"{name} has {form.tile} tiles: its product wants {' or '.join(allowed)}")
+            if form.code == "e5m6" and name != "kept":
+                raise ValueError(f"{name} is e5m6, which no tensor core multiplies: choose e4m3 or e5m2")
+        if self.accumulation not in get_args(Accumulation):
+            raise ValueError(
+                f"accumulation is {self.accumulation!r}: choose one of {', '.join(get_args(Accumulation))}"
+            )
+
 
 @dataclass(frozen=True)
 class LinearEntry:
-    """The recipe of one kind of matrix product."""
+    """The recipe of one matrix product."""
 
     operands: Literal["activation", "float32"] = "activation"
     """``activation``: operands in the dtype of the incoming activation (the weight is cast to it when it differs).
     ``float32``: operands are raised to FP32 at least; FP64 stays FP64."""
+    fp8: ProductFormats | None = None
+    """Formats of operands that are quantised; the result is in the dtype of the activation."""
+
+    @property
+    def plain(self) -> LinearEntry:
+        """The same product without FP8."""
+        return LinearEntry(self.operands)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The products of the model.  The gate stays in FP32, as the paper keeps it out of FP8 [V3 section 3.3.1]."""
+    """The formats of the model.
+
+    Raises:
+        ValueError: a product that there is not, or one in FP8 that is never.
+    """
 
     activations: Literal["parameter", "float32", "bfloat16"] = "parameter"
     """Dtype of the residual stream; ``parameter`` keeps that of the embedding."""
-    projection: LinearEntry = field(default_factory=LinearEntry)
-    """Attention and dense or shared FFN projections, and the MTP projection."""
-    experts: LinearEntry = field(default_factory=LinearEntry)
-    """Grouped products of the routed experts."""
-    gate: LinearEntry = field(default_factory=lambda: LinearEntry(operands="float32"))
-    """Router logits."""
-    head: LinearEntry = field(default_factory=LinearEntry)
-    """Output head; its logits are raised to FP32 before any softmax."""
+    fp8: ProductFormats | None = None
+    """Of every product that is in FP8; None: of none."""
+    high_precision: frozenset[Product] = NEVER_FP8
+    """Products that are not, beside ``fp8``."""
+    kept_after_attention: TileFormat | None = None
+    """What attention and the product after it keep of what lies between them; None: as attention made it, and the
+    product its own ``kept``."""
+    kept_swiglu: TileFormat | None = None
+    """What the experts keep of SwiGLU's input; its output is computed again from that.  None: both as they are."""
+    dispatch: TileFormat | None = None
+    """Tokens on their way to experts, and their gradients on the way back through combine; None: as they are.  Combine
+    and the gradients of dispatch travel in the activation's dtype."""
     recompute: frozenset[Recomputed] = frozenset()
-    """What is forgotten after the forward and computed again in the backward [V3 section 3.2.3]; changes no number."""
+    """What is forgotten after the forward and computed again in the backward [V3 section 3.2.3]."""
+
+    def __post_init__(self) -> None:
+        for name in self.high_precision:
+            _check_product(name)
+        if self.fp8 is not None and (missing := NEVER_FP8 - self.high_precision):
+            raise ValueError(f"high_precision lacks {', '.join(sorted(missing))}, which are never in FP8; name them")
+        for name in ("kept_after_attention", "kept_swiglu", "dispatch"):
+            form: TileFormat | None = getattr(self, name)
+            if form is not None and form.tile != "1x128":
+                raise ValueError(f"{name} has {form.tile} tiles: a token's values are kept and sent in 1x128")
+            if form is not None and name == "dispatch" and form.code == "e5m6":
+                raise ValueError("dispatch is e5m6, which no tensor core multiplies on arrival: choose e4m3 or e5m2")
+
+    def product(self, name: Product) -> LinearEntry:
+        """The entry of one product.  The gate is in FP32 always [V3 section 3.3.1].
+
+        Raises:
+            ValueError: a product that there is not.
+        """
+        _check_product(name)
+        operands: Literal["activation", "float32"] = "float32" if name == "gate" else "activation"
+        if self.fp8 is None or name in self.high_precision:
+            return LinearEntry(operands)
+        return LinearEntry(operands, self.fp8)
+
+
+def _check_product(name: str) -> None:
+    if name not in get_args(Product):
+        raise ValueError(f"no product is named {name!r}: choose among {', '.join(get_args(Product))}")
+
+
+@dataclass(frozen=True)
+class Fp8Options:
+    """What FP8 training may do otherwise than the paper.
+
+    Raises:
+        ValueError: a name that there is not, by field.
+    """
+
+    scales: ScaleName = "ue8m0"
+    """Scales of tiles and blocks: ue8m0, powers of two, as DeepSeek-V3.1 trains with; or float32, V3's."""
+    gradients: Literal["e4m3", "e5m2"] = "e4m3"
+    """Code of gradients; e5m2 is the hybrid of earlier FP8 training."""
+    gradient_tile: Literal["1x128", "128x128"] = "1x128"
+    """Tiles of gradients in Dgrad; V3 saw 128x128 diverge."""
+    granularity: Literal["tile", "tensor"] = "tile"
+    """One scale a tile or block, or one a tensor."""
+    accumulation: Accumulation = "float32"
+    """How products add up; promoted and tensor_core imitate Hopper, and are slow."""
+    high_precision: tuple[str, ...] = ()
+    """Products that stay out of FP8, such as kv_b or experts.down."""
+    after_attention: Literal["e5m6", "e4m3", "activation"] = "e5m6"
+    """What is kept between attention and its output projection."""
+    swiglu_input: Literal["e4m3", "activation"] = "e4m3"
+    """What experts keep for the backward of SwiGLU."""
+    dispatch: Literal["e4m3", "activation"] = "e4m3"
+    """Tokens on their way to experts."""
+
+    def __post_init__(self) -> None:
+        for name in self.high_precision:
+            if name not in get_args(Product):
+                raise ValueError(f"fp8.high_precision: no product is named {name!r}: choose among {_CHOICES}")
+        fp8_recipe(self)
+
+
+_CHOICES = ", ".join(name for name in get_args(Product) if name not in NEVER_FP8)
+
+
+def fp8_recipe(
+    options: Fp8Options | None = None,
+    activations: Literal["float32", "bfloat16"] = "bfloat16",
+    recompute: Iterable[Recomputed] = (),
+) -> Recipe:
+    """The paper's recipe [V3 section 3.3], but for ``options``.
+
+    Raises:
+        ValueError: a format that is impossible where it is asked for.
+    """
+    options = options or Fp8Options()
+    scale = options.scales
+    by_tensor = options.granularity == "tensor"
+    one, turned, block = ("tensor",) * 3 if by_tensor else ("1x128", "128x1", "128x128")
+    formats = ProductFormats(
+        input=TileFormat("e4m3", one, scale),
+        weight=TileFormat("e4m3", block, scale),
+        gradient=TileFormat(options.gradients, "tensor" if by_tensor else options.gradient_tile, scale),
+        turned_input=TileFormat("e4m3", turned, scale),
+        turned_gradient=TileFormat(options.gradients, turned, scale),
+        kept=TileFormat("e4m3", one, scale),
+        accumulation=options.accumulation,
+    )
+    kept = None if options.after_attention == "activation" else TileFormat(options.after_attention, "1x128", "ue8m0")
+    return Recipe(
+        activations=activations,
+        fp8=formats,
+        high_precision=NEVER_FP8 | frozenset(options.high_precision),  # pyright: ignore[reportArgumentType]
+        kept_after_attention=kept,
+        kept_swiglu=None if options.swiglu_input == "activation" else TileFormat("e4m3", "1x128", scale),
+        dispatch=None if options.dispatch == "activation" else TileFormat("e4m3", "1x128", "ue8m0"),
+        recompute=frozenset(recompute),
+    )

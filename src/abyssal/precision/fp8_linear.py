@@ -1,0 +1,134 @@
+"""A Linear's three products on quantised operands [V3 section 3.3.1, figure 6].
+
+    Fprop  y  = x Wᵀ    x in 1x128 tiles, W in 128x128 blocks
+    Dgrad  dx = dy W    dy in 1x128 tiles, W as in Fprop
+    Wgrad  dW = dyᵀ x   both in 128x1 tiles, because it sums over tokens; added up in FP32
+
+Kept for the backward are x's codes, turned into 128x1 tiles when they are needed, and W's.  Quantising is passed
+through by the gradient: dx is that of the activation before it was quantised.
+
+Where rows belong to groups (experts), tiles over tokens begin anew with each group, as if it were filled up with zeros.
+Where a weight is several matrices in one (gate and up), each has blocks of its own, as a checkpoint stores them.
+
+Legend: T rows, I input features, O output features, E groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abyssal.kernels.fp8_tiles import Quantised, quantise_with_values, round_trip, turn_values
+from abyssal.kernels.gemm import try_native
+from abyssal.kernels.grouped_gemm import grouped_gemm, grouped_gemm_input, grouped_gemm_weight
+from abyssal.kernels.matmul import matmul
+from abyssal.precision.operand import Operand, product_dtype
+from abyssal.precision.recipe import ProductFormats
+from abyssal.spec.tile_format import TileFormat
+
+FinishWeight = Callable[[Any, Callable[[], Tensor]], Tensor | None]
+
+
+def quantised_weight(
+    weight: Tensor, formats: ProductFormats, parts: int, dtype: torch.dtype
+) -> tuple[Quantised, Tensor]:
+    """Codes of the weight's matrices, (..., parts, O / parts, I), and their values in the weight's own shape."""
+    matrices = weight.detach().unflatten(-2, (parts, -1))
+    codes, values = quantise_with_values(matrices, formats.weight, dtype)
+    return codes, values.flatten(-3, -2)
+
+
+class Fp8Linear(torch.autograd.Function):
+    """The three products; ``counts`` None for one weight (O, I), else one of (E, O, I) for each group of rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        handle_TI: Tensor,
+        weight: Tensor,
+        x: Operand,
+        formats: ProductFormats,
+        parts: int,
+        counts: Sequence[int] | None,
+        queue: Any,
+        finish_weight: FinishWeight,
+    ) -> Tensor:
+        codes, values = quantised_weight(weight, formats, parts, product_dtype(handle_TI, formats))
+        ctx.save_for_backward(x.kept.codes, x.kept.scales, codes.codes, codes.scales)
+        ctx.kept_columns, ctx.kept_form, ctx.dtype = x.kept.columns, x.kept.form, handle_TI.dtype
+        ctx.weight, ctx.queue, ctx.finish_weight = weight, queue, finish_weight
+        ctx.formats, ctx.parts, ctx.counts = formats, parts, counts
+        return fprop(x, codes, values, formats, counts).to(handle_TI.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_TO,) = gradients
+        formats, counts, weight = ctx.formats, ctx.counts, ctx.weight
+        kept_codes, kept_scales, codes, scales = ctx.saved_tensors
+        dx_TI, dw = None, None
+        if ctx.needs_input_grad[0]:
+            quantised = Quantised(codes, scales, formats.weight, codes.shape[-1])
+            dx_TI = dgrad(dy_TO, quantised, weight.shape, formats, counts).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            kept = Quantised(kept_codes, kept_scales, ctx.kept_form, ctx.kept_columns)
+            dw = ctx.finish_weight(ctx, lambda: wgrad(dy_TO, kept, formats, counts).to(weight.dtype))
+        return dx_TI, dw, None, None, None, None, None, None
+
+
+def fprop(
+    x: Operand, codes: Quantised, values: Tensor, formats: ProductFormats, counts: Sequence[int] | None
+) -> Tensor:
+    """y (T, O) in the dtype of the product."""
+    if counts is None:
+        return matmul(x.values, values.t())
+    return grouped_gemm(x.values, values, counts)
+
+
+def dgrad(
+    dy_TO: Tensor,
+    codes: Quantised,
+    weight_shape: torch.Size,
+    formats: ProductFormats,
+    counts: Sequence[int] | None,
+) -> Tensor:
+    """dx (T, I) in the dtype of the product."""
+    dtype = product_dtype(dy_TO, formats)
+    weight = codes.values(dtype).view(weight_shape)
+    dy = gradient_values(dy_TO, formats.gradient, codes.codes.shape[-3], counts, dtype)
+    return matmul(dy, weight) if counts is None else grouped_gemm_input(dy, weight, counts)
+
+
+def wgrad(dy_TO: Tensor, kept: Quantised, formats: ProductFormats, counts: Sequence[int] | None) -> Tensor:
+    """dW, (O, I) or (E, O, I), in FP32."""
+    dy = round_trip(dy_TO, formats.turned_gradient, torch.float32, _tiled(counts, formats.turned_gradient))
+    x = turn_values(kept, formats.turned_input, torch.float32, _tiled(counts, formats.turned_input))
+    return matmul(dy.t(), x) if counts is None else grouped_gemm_weight(dy, x, counts, torch.float32)
+
+
+def _tiled(counts: Sequence[int] | None, form: TileFormat) -> Sequence[int] | None:
+    """The groups with which tiles over rows begin anew; one scale for a tensor knows none."""
+    return counts if form.tile == "128x1" else None
+
+
+def gradient_values(
+    dy_TO: Tensor, form: TileFormat, parts: int, counts: Sequence[int] | None, dtype: torch.dtype
+) -> Tensor:
+    """dy (T, O) as Dgrad reads it: the columns of each of ``parts`` matrices have tiles of their own."""
+    if form.tile != "128x128":
+        return round_trip(dy_TO.unflatten(-1, (parts, -1)), form, dtype).flatten(1)
+    groups = dy_TO.split([len(dy_TO)] if counts is None else list(counts))
+    blocks = [round_trip(group.unflatten(-1, (parts, -1)).transpose(0, 1), form, dtype) for group in groups]
+    return torch.cat([block.transpose(0, 1).flatten(1) for block in blocks])
+
+
+def inference_product(
+    x: Operand, weight: Tensor, formats: ProductFormats, parts: int, counts: Sequence[int] | None
+) -> Tensor:
+    """y (T, O) without gradients: on CPU a row's result does not depend on the other rows."""
+    codes, values = quantised_weight(weight, formats, parts, x.values.dtype)
+    y_TO = try_native(x.values, values, counts, x.handle.dtype)
+    return fprop(x, codes, values, formats, counts).to(x.handle.dtype) if y_TO is None else y_TO
