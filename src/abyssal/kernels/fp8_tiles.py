@@ -3,8 +3,8 @@
 The functions here define what the bytes are on every machine; the formats are those of
 :mod:`~abyssal.spec.tile_format`.  A scale is amax / largest code, at least 2^-126, in FP32, then rounded up to a power
 of two for UE8M0; 1 for a tile of zeros.  A code is value / scale, clamped to the finite codes and rounded to nearest,
-ties to even.  A tile with an infinity or a NaN has a NaN as its scale and NaN codes throughout, so that it comes back
-as NaN and spoils what it is multiplied into, where the trainer's guard sees it.
+ties to even.  A tile with an infinity or a NaN has a NaN as its scale and one NaN code throughout, so that it comes
+back as NaN and spoils what it is multiplied into, where the trainer's guard sees it.
 
 Error bound.  For finite x in a tile of scale s, m mantissa bits and smallest normal code 2^e:
 |dequantised - x| <= max(2^-(m+1) |x|, 2^(e-m-1) s) (1 + 2^-18); and a cast to BF16 adds 2^-8 relative where the scale
@@ -27,6 +27,7 @@ from abyssal.spec.tile_format import CODES, TILE, TileFormat
 SMALLEST_SCALE = 2.0**-126
 """The smallest normal FP32 number; a smaller scale would divide by zero or by a subnormal."""
 _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+_NAN_E5M6 = 0x7E0
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def dequantise(quantised: Quantised, dtype: torch.dtype = torch.float32) -> Tens
 def quantise_with_values(
     x: Tensor, form: TileFormat, dtype: torch.dtype, counts: Sequence[int] | None = None
 ) -> tuple[Quantised, Tensor]:
-    """``quantise(x, form, counts)`` and its values in ``dtype``."""
+    """``quantise(x, form, counts)`` and what it dequantises to, in one pass over ``x``."""
     quantised = quantise(x, form, counts)
     return quantised, quantised.values(dtype)
 
@@ -126,7 +127,7 @@ def _amax(x: Tensor, form: TileFormat, counts: Sequence[int] | None) -> Tensor:
     if form.tile == "128x128":
         padded = functional.pad(x, (0, -x.shape[-1] % TILE, 0, -x.shape[-2] % TILE))
         return padded.unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE)).abs().amax((-3, -1))
-    parts = [x] if counts is None else x.split(list(counts))
+    parts = [x] if counts is None else x.split([*counts, 0])  # one of no rows, so that there is something to join
     found = [
         functional.pad(part, (0, 0, 0, -part.shape[-2] % TILE)).unflatten(-2, (-1, TILE)).abs().amax(-2)
         for part in parts
@@ -160,7 +161,8 @@ def _spread(scales: Tensor, form: TileFormat, shape: Sequence[int], counts: Sequ
 
 
 def _encode(scaled: Tensor, form: TileFormat) -> Tensor:
-    """Codes of values within the finite range."""
+    """Codes of values within the finite range, and the positive NaN for NaN."""
+    scaled = torch.where(scaled.isnan(), torch.nan, scaled)
     if form.code in _DTYPES:
         return scaled.to(_DTYPES[form.code])
     # E5M6 is FP16 less four bits of the mantissa.  A cast to FP16 first would round twice, so FP32 is rounded to units
@@ -170,6 +172,7 @@ def _encode(scaled: Tensor, form: TileFormat) -> Tensor:
     unit = torch.ldexp(torch.ones_like(magnitude), exponent - 1 - CODES["e5m6"].mantissa_bits)
     rounded = torch.copysign((magnitude / unit).round() * unit, scaled)
     codes = (rounded.to(torch.float16).view(torch.int16).to(torch.int32) >> 4) & 0xFFF
+    codes = torch.where(scaled.isnan(), _NAN_E5M6, codes)
     pairs = functional.pad(codes, (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2))
     first, second = pairs[..., 0], pairs[..., 1]
     packed = torch.stack([first & 0xFF, (first >> 8) | ((second & 0xF) << 4), second >> 4], -1)

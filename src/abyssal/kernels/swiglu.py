@@ -51,26 +51,31 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gate_up_T2F, weights_T = ctx.saved_tensors
-        found = native_backward(gate_up_T2F, weights_T, gradients[0])
-        if found is not None:
-            return found
-        wide = torch.promote_types(gate_up_T2F.dtype, torch.float32)
-        gate, up = (part.to(wide) for part in gate_up_T2F.chunk(2, dim=-1))
-        dh = gradients[0].to(wide)
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        dweights = None
-        if weights_T is not None:
-            if ctx.needs_input_grad[1]:
-                dweights = (dh * silu).mul_(up).sum(-1).to(weights_T.dtype)
-            dh = dh * weights_T[:, None]
-        width = up.shape[-1]
-        out = torch.empty_like(gate_up_T2F)
-        out[:, width:] = dh * silu
-        # d silu = sigmoid · (1 + gate · (1 − sigmoid)) = sigmoid + silu · (1 − sigmoid)
-        out[:, :width] = dh.mul(up).mul_(sigmoid.add_(silu.mul_(1 - sigmoid)))
-        return out, dweights
+        return swiglu_backward(*ctx.saved_tensors, gradients[0])
+
+
+def swiglu_backward(gate_up_T2F: Tensor, weights_T: Tensor | None, dh_TF: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Gradients (T, 2F) of the input and (T,) of the weights, from that of the output, in the dtypes of either."""
+    found = native_backward(gate_up_T2F, weights_T, dh_TF)
+    return _backward(gate_up_T2F, weights_T, dh_TF) if found is None else found
+
+
+def _backward(gate_up_T2F: Tensor, weights_T: Tensor | None, dh_TF: Tensor) -> tuple[Tensor, Tensor | None]:
+    wide = torch.promote_types(gate_up_T2F.dtype, torch.float32)
+    gate, up = (part.to(wide) for part in gate_up_T2F.chunk(2, dim=-1))
+    dh = dh_TF.to(wide)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    dweights = None
+    if weights_T is not None:
+        dweights = (dh * silu).mul_(up).sum(-1).to(weights_T.dtype)
+        dh = dh * weights_T[:, None]
+    width = up.shape[-1]
+    out = torch.empty_like(gate_up_T2F)
+    out[:, width:] = dh * silu
+    # d silu = sigmoid · (1 + gate · (1 − sigmoid)) = sigmoid + silu · (1 − sigmoid)
+    out[:, :width] = dh.mul(up).mul_(sigmoid.add_(silu.mul_(1 - sigmoid)))
+    return out, dweights
 
 
 def native(gate_up_T2F: Tensor, weights_T: Tensor | None, *, isa_limit: int = -1) -> Tensor | None:
