@@ -51,7 +51,8 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return swiglu_backward(*ctx.saved_tensors, gradients[0])
+        gate_up_T2F, weights_T = ctx.saved_tensors
+        return swiglu_backward(gate_up_T2F, weights_T, gradients[0])
 
 
 def swiglu_backward(gate_up_T2F: Tensor, weights_T: Tensor | None, dh_TF: Tensor) -> tuple[Tensor, Tensor | None]:
