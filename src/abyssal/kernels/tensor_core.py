@@ -84,10 +84,13 @@ def tensor_core_product(a: Factor, b: Factor) -> Tensor:
     (side_a, after_a, spread_a), (side_b, after_b, spread_b) = _folded(a, "a"), _folded(b, "b")
     if spread_a + spread_b > _LARGEST_SPREAD:
         side_a, side_b = (_Side(side.values.double(), side.exponents) for side in (side_a, side_b))
+    after_MN = after_a.unsqueeze(1) * after_b
+    if a.uniform and b.uniform:
+        after_MN = after_MN.float()  # as promotion multiplies them
     product_MN = torch.empty(a.rows, b.rows, device=a.codes_RSK.device)
     for rows, columns, tile_a, tile_b in _tiles(side_a, side_b):
         register = _accumulate(tile_a, tile_b, range(len(side_a.values)))
-        product_MN[rows, columns] = (register.double() * after_a[rows].unsqueeze(1) * after_b[columns]).float()
+        product_MN[rows, columns] = (register * after_MN[rows, columns]).float()
     return product_MN
 
 
@@ -122,8 +125,9 @@ def _folded(factor: Factor, name: str) -> tuple[_Side, Tensor, int]:
     shifts = relative_Rk.t().repeat_interleave(TILE, 0)
     exponents = torch.where(bare.exponents == _NO_EXPONENT[torch.int16], bare.exponents, bare.exponents + shifts)
     spread = -int(relative_Rk.amin()) if relative_Rk.numel() else 0
-    values = torch.ldexp(bare.values.to(torch.float64 if spread > _LARGEST_SPREAD else torch.float32), shifts)
-    after_R = torch.ldexp(torch.ones_like(largest_R, dtype=torch.float64), largest_R - 1)
+    dtype = torch.float64 if spread > _LARGEST_SPREAD else torch.float32
+    values = bare.values.to(dtype) * _power_of_two(shifts, dtype)
+    after_R = _power_of_two(largest_R - 1, torch.float64)  # frexp's mantissa is a half
     return _Side(values, exponents.to(torch.int16)), after_R, spread
 
 
