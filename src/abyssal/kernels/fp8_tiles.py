@@ -20,14 +20,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from abyssal.spec.tile_format import CODES, TILE, TileFormat
-
-SMALLEST_SCALE = 2.0**-126
-"""The smallest normal FP32 number; a smaller scale would divide by zero or by a subnormal."""
-_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-_NAN_E5M6 = 0x7E0
+from abyssal.kernels import fp8_tiles_native as native
+from abyssal.kernels import fp8_tiles_reference as reference
+from abyssal.spec.tile_format import TileFormat
 
 
 @dataclass(frozen=True)
@@ -69,122 +65,68 @@ def quantise(x: Tensor, form: TileFormat, counts: Sequence[int] | None = None) -
         counts: with ``128x1`` tiles, the rows of each group of a (rows, columns) tensor; tiles begin anew with each.
 
     Raises:
-        ValueError: counts beside other tiles, or that do not add up to the rows.
+        ValueError: counts beside other tiles, or that do not add up to the rows; a tensor that has no such tiles.
     """
-    _check_counts(x, form, counts)
-    wide = x.float()
-    amax = _amax(wide, form, counts)
-    scales = _scales(amax, form)
-    spread = _spread(scales, form, x.shape, counts)
-    scaled = (wide / spread).clamp(-form.largest, form.largest)
-    stored = scales.to(torch.float8_e8m0fnu) if form.scale == "ue8m0" else scales
-    return Quantised(_encode(scaled, form), stored, form, x.shape[-1], None if counts is None else tuple(counts))
+    _check(x.shape, x.dtype, form, counts)
+    found = native.quantise(x, form, None, counts)
+    if found is None or found.codes is None or found.scales is None:
+        return _as_quantised(*reference.quantise(x, form, counts), form, x.shape[-1], counts)
+    return _as_quantised(found.codes, found.scales, form, x.shape[-1], counts)
 
 
 def dequantise(quantised: Quantised, dtype: torch.dtype = torch.float32) -> Tensor:
-    """code x scale, multiplied in FP32 and rounded once to ``dtype``."""
-    values = _decode(quantised.codes, quantised.form, quantised.columns)
-    scales = quantised.scales.float()
-    return (values * _spread(scales, quantised.form, values.shape, quantised.counts)).to(dtype)
+    """code x scale, multiplied in FP32 (FP64 for FP64) and rounded once to ``dtype``."""
+    of = quantised.codes, quantised.scales, quantised.form, quantised.columns, dtype, quantised.counts
+    values = native.dequantise(*of)
+    return reference.dequantise(*of) if values is None else values
 
 
 def quantise_with_values(
     x: Tensor, form: TileFormat, dtype: torch.dtype, counts: Sequence[int] | None = None
 ) -> tuple[Quantised, Tensor]:
     """``quantise(x, form, counts)`` and what it dequantises to, in one pass over ``x``."""
-    quantised = quantise(x, form, counts)
-    return quantised, quantised.values(dtype)
+    _check(x.shape, x.dtype, form, counts)
+    found = native.quantise(x, form, dtype, counts)
+    if found is None or found.codes is None or found.scales is None or found.values is None:
+        quantised = quantise(x, form, counts)
+        return quantised, dequantise(quantised, dtype)
+    return _as_quantised(found.codes, found.scales, form, x.shape[-1], counts), found.values
 
 
 def round_trip(x: Tensor, form: TileFormat, dtype: torch.dtype, counts: Sequence[int] | None = None) -> Tensor:
     """What ``x`` comes back as, without the codes in between: ``quantise(x, form, counts).values(dtype)``."""
-    return quantise(x, form, counts).values(dtype)
+    _check(x.shape, x.dtype, form, counts)
+    found = native.quantise(x, form, dtype, counts, codes=False)
+    return dequantise(quantise(x, form, counts), dtype) if found is None or found.values is None else found.values
 
 
 def turn_values(
     quantised: Quantised, form: TileFormat, dtype: torch.dtype, counts: Sequence[int] | None = None
 ) -> Tensor:
     """(T, I): the values of ``1x128`` tiles, quantised again in tiles over rows, as a product over rows reads them."""
-    return round_trip(quantised.values(), form, dtype, counts)
+    shape = *quantised.codes.shape[:-1], quantised.columns
+    _check(shape, torch.float32, form, counts)
+    codes, scales = quantised.codes, quantised.scales
+    values = native.turn(codes, scales, quantised.form, quantised.columns, form, dtype, counts)
+    return round_trip(dequantise(quantised), form, dtype, counts) if values is None else values
 
 
-def _check_counts(x: Tensor, form: TileFormat, counts: Sequence[int] | None) -> None:
+def _as_quantised(
+    codes: Tensor, scales: Tensor, form: TileFormat, columns: int, counts: Sequence[int] | None
+) -> Quantised:
+    return Quantised(codes, scales, form, columns, None if counts is None else tuple(counts))
+
+
+def _check(shape: Sequence[int], dtype: torch.dtype, form: TileFormat, counts: Sequence[int] | None) -> None:
+    if not dtype.is_floating_point:
+        raise ValueError(f"{dtype} cannot be quantised: give floating-point values")
+    needed = {"tensor": 0, "1x128": 1}.get(form.tile, 2)
+    if len(shape) < needed:
+        raise ValueError(f"{form.tile} tiles need rows and columns, not {tuple(shape)}")
     if counts is None:
         return
-    if form.tile != "128x1" or x.ndim != 2 or sum(counts) != len(x):
+    if form.tile != "128x1" or len(shape) != 2 or sum(counts) != shape[0] or min(counts, default=0) < 0:
         raise ValueError(
-            f"counts: {len(counts)} groups of {sum(counts)} rows do not fit {tuple(x.shape)} in {form.tile} tiles; "
-            "give them for 128x1 tiles of (rows, columns), adding up to the rows"
+            f"counts: {len(counts)} groups of {sum(counts)} rows do not fit {tuple(shape)} in {form.tile} tiles; "
+            "give them for 128x1 tiles of (rows, columns), none negative, adding up to the rows"
         )
-
-
-def _amax(x: Tensor, form: TileFormat, counts: Sequence[int] | None) -> Tensor:
-    """The largest magnitude of each tile; NaN and infinity win."""
-    if form.tile == "tensor":
-        return x.abs().amax() if x.numel() else x.new_zeros(())
-    if form.tile == "1x128":
-        return functional.pad(x, (0, -x.shape[-1] % TILE)).unflatten(-1, (-1, TILE)).abs().amax(-1)
-    if form.tile == "128x128":
-        padded = functional.pad(x, (0, -x.shape[-1] % TILE, 0, -x.shape[-2] % TILE))
-        return padded.unflatten(-1, (-1, TILE)).unflatten(-3, (-1, TILE)).abs().amax((-3, -1))
-    parts = [x] if counts is None else x.split([*counts, 0])  # one of no rows, so that there is something to join
-    found = [
-        functional.pad(part, (0, 0, 0, -part.shape[-2] % TILE)).unflatten(-2, (-1, TILE)).abs().amax(-2)
-        for part in parts
-    ]
-    return torch.cat(found, -2)
-
-
-def _scales(amax: Tensor, form: TileFormat) -> Tensor:
-    scales = (amax / form.largest).clamp(min=SMALLEST_SCALE)
-    if form.scale == "ue8m0":
-        mantissa, exponent = torch.frexp(scales)  # scale = mantissa x 2^exponent, mantissa in [0.5, 1)
-        exponent = exponent - (mantissa == 0.5).to(exponent.dtype)
-        scales = torch.ldexp(torch.ones_like(scales), exponent)
-    scales = torch.where(amax == 0, torch.ones_like(scales), scales)
-    return torch.where(torch.isfinite(amax), scales, torch.nan)
-
-
-def _spread(scales: Tensor, form: TileFormat, shape: Sequence[int], counts: Sequence[int] | None) -> Tensor:
-    """Each value's scale, broadcastable over the values."""
-    if form.tile == "tensor":
-        return scales
-    if form.tile in ("1x128", "128x128"):
-        scales = scales.repeat_interleave(TILE, -1)[..., : shape[-1]]
-    if form.tile == "128x128":
-        scales = scales.repeat_interleave(TILE, -2)[..., : shape[-2], :]
-    if form.tile == "128x1":
-        groups = [shape[-2]] if counts is None else counts
-        rows = [min(TILE, count - start) for count in groups for start in range(0, count, TILE)]
-        scales = scales.repeat_interleave(torch.tensor(rows, dtype=torch.int64, device=scales.device), -2)
-    return scales
-
-
-def _encode(scaled: Tensor, form: TileFormat) -> Tensor:
-    """Codes of values within the finite range, and the positive NaN for NaN."""
-    scaled = torch.where(scaled.isnan(), torch.nan, scaled)
-    if form.code in _DTYPES:
-        return scaled.to(_DTYPES[form.code])
-    # E5M6 is FP16 less four bits of the mantissa.  A cast to FP16 first would round twice, so FP32 is rounded to units
-    # of E5M6's last place, which FP16 holds exactly.
-    magnitude = scaled.abs()
-    exponent = torch.frexp(magnitude.clamp(min=2.0**-14)).exponent  # 2^(exponent - 1) <= magnitude
-    unit = torch.ldexp(torch.ones_like(magnitude), exponent - 1 - CODES["e5m6"].mantissa_bits)
-    rounded = torch.copysign((magnitude / unit).round() * unit, scaled)
-    codes = (rounded.to(torch.float16).view(torch.int16).to(torch.int32) >> 4) & 0xFFF
-    codes = torch.where(scaled.isnan(), _NAN_E5M6, codes)
-    pairs = functional.pad(codes, (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2))
-    first, second = pairs[..., 0], pairs[..., 1]
-    packed = torch.stack([first & 0xFF, (first >> 8) | ((second & 0xF) << 4), second >> 4], -1)
-    return packed.flatten(-2).to(torch.uint8)
-
-
-def _decode(codes: Tensor, form: TileFormat, columns: int) -> Tensor:
-    """FP32 values of codes."""
-    if form.code in _DTYPES:
-        return codes.float()
-    packed = codes.to(torch.int32).unflatten(-1, (-1, 3))
-    first = packed[..., 0] | ((packed[..., 1] & 0xF) << 8)
-    second = (packed[..., 1] >> 4) | (packed[..., 2] << 4)
-    pairs = torch.stack([first, second], -1).flatten(-2)[..., :columns]
-    return ((pairs << 4).to(torch.int16)).view(torch.float16).float()

@@ -22,7 +22,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 12
+ABI_VERSION = 13
 """What ``abyssal_abi_version()`` in ``csrc/`` must answer."""
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -49,6 +49,8 @@ FUNCTIONS = (
     "abyssal_layer",
     "abyssal_fp8_write",
     "abyssal_fp8_read",
+    "abyssal_fp8_quantise",
+    "abyssal_fp8_dequantise",
     "abyssal_race",
     "abyssal_mass",
 )
