@@ -1,7 +1,7 @@
-"""Running arms: the text prepared once, one run folder an arm and a seed, finished ones skipped, broken ones resumed.
+"""Running arms: the text prepared once, one run folder an arm and a seed.
 
     OUT/data/                    the tokens
-    OUT/runs/ARM/seed-N/         run.json, metrics.jsonl, checkpoints while it lasts, result.json when it is done
+    OUT/runs/ARM/seed-N/         as support/runs.py says
 
 Pairing.  Rows are read for the deepest MTP of any arm and cut for each, so that arms of one seed see the same tokens at
 the same step whatever their depth.  Every initial tensor comes from one reference model of the seed wherever name and
@@ -10,8 +10,6 @@ shape are the same.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 from support.record import header
+from support.runs import Runs, steps
 
 from abyssal.data.batch import Batch, RowStream
 from abyssal.data.shards import PreparedData
@@ -28,9 +27,9 @@ from abyssal.spec.model import ModelSpec
 from abyssal.train.balance import max_violation
 from abyssal.train.config import TrainConfig
 from abyssal.train.data import TrainingData, fitted, pretraining_data
-from abyssal.train.folder import RunFolder, write_json
+from abyssal.train.folder import RunFolder
 from abyssal.train.loop import TrainResult, build_model
-from abyssal.train.run import Run, check_same_run, run_training
+from abyssal.train.run import Run
 
 from .arms import LARGEST_DEPTH, Arm, Scale, model
 
@@ -86,17 +85,13 @@ class Suite:
     scale: Scale
     data: PreparedData
 
-    def folder(self, arm: Arm, seed: int) -> RunFolder:
-        return RunFolder(self.out / "runs" / arm.name / f"seed-{seed}")
-
-    def result(self, arm: Arm, seed: int) -> dict[str, Any] | None:
-        """What a finished run found; None while it is not finished."""
-        path = self.folder(arm, seed).path / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    @property
+    def runs(self) -> Runs:
+        return Runs(self.out / "runs")
 
     def results(self, arm: Arm, seeds: Iterable[int]) -> dict[int, dict[str, Any]]:
         """Those of the seeds that are finished."""
-        return {seed: result for seed in seeds if (result := self.result(arm, seed)) is not None}
+        return self.runs.results(arm.name, seeds)
 
     def train(self, arm: Arm, seed: int) -> bool:
         """Bring a run to its end; False if it was there.
@@ -104,20 +99,10 @@ class Suite:
         Raises:
             ValueError: the folder holds another run.
         """
-        folder = self.folder(arm, seed)
         spec = fitted(arm.model, self.data.tokenizer())
         config = self.scale.config(arm, seed)
         run = Run(spec, config, paired_data(self.data, spec, config), paired_weights, origin={"paired": True})
-        if self.result(arm, seed) is not None:
-            check_same_run(folder.record, json.loads(json.dumps(run.record())))
-            return False
-
-        def save(result: TrainResult) -> None:
-            write_json(folder.path / "result.json", found(result, folder))
-
-        run_training(folder, run, resume=True, save=save, measure_peak=False)
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
-        return True
+        return self.runs.train(arm.name, seed, run, found)
 
 
 def found(result: TrainResult, folder: RunFolder) -> dict[str, Any]:
@@ -145,5 +130,4 @@ def found(result: TrainResult, folder: RunFolder) -> dict[str, Any]:
 
 def batch_violations(folder: RunFolder) -> list[float]:
     """MaxVio_batch of every step, mean over layers."""
-    lines = (json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines())
-    return [round(line["max_violation"], 4) for line in lines if line["event"] == "step"]
+    return [round(line["max_violation"], 4) for line in steps(folder)]
