@@ -17,14 +17,16 @@ A NaN tile (:mod:`~abyssal.kernels.fp8_tiles`) makes every output NaN that it ha
 :mod:`~abyssal.kernels.fp8_bounds`.
 
 A pair of weights of one product (gate and up: (2, F, D), tiles beginning anew with each) gives outputs (T, 2F); its
-gradient in Dgrad is quantised as (T, 2, F), so that tiles are each other's there too.
+gradient in Dgrad is quantised as (T, 2, F), whose tiles begin anew there too ((2, T, F) in 128x128 blocks, which are of
+matrices).
 
-Legend: T tokens, I inputs, O outputs, E groups, M rows of a group at most; ``tile`` sizes are rows x columns.
+Legend: T tokens, I inputs, O outputs, E groups, M rows of a group at most, F half of the outputs of a pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import Literal
 
 import torch
@@ -57,7 +59,7 @@ def gemm_input(
     """dx_TI = dy W (Dgrad).
 
     Args:
-        dy_TO: (T, O) or, for a pair, (T, 2, F); tiles as ``a`` of :func:`gemm`.
+        dy_TO: (T, O) or, for a pair, (T, 2, F) or, in 128x128 blocks, (2, T, F); tiles as ``a`` of :func:`gemm`.
         weight_OI: (O, I) or (2, F, I), ``128x128`` blocks or one scale.
 
     Raises:
@@ -140,12 +142,12 @@ def masked_gemm(
     """
     shapes = _shapes(a=a_EMI, b=b_EOI)
     rows_E = [int(count) for count in masked_m_E]
-    groups, most, inputs = a_EMI.codes.shape if a_EMI.codes.ndim == 3 else (0, 0, 0)
-    if len(rows_E) != groups or len(b_EOI.codes) != groups or not all(0 <= count <= most for count in rows_E):
-        raise ValueError(
-            f"{shapes}, masked_m {rows_E[:8]}: a must be (E, M, I), with a weight and a number of rows up to M a group"
-        )
-    outputs = b_EOI.codes[0].numel() // max(inputs, 1) if groups else 0
+    if a_EMI.codes.ndim != 3 or len(a_EMI.codes) != len(rows_E):
+        raise ValueError(f"{shapes}, masked_m {rows_E[:8]}: a must be (E, M, I), with a number of rows a group")
+    groups, most, inputs = a_EMI.codes.shape
+    if not all(0 <= count <= most for count in rows_E):
+        raise ValueError(f"{shapes}, masked_m {rows_E[:8]}: no group has fewer rows than none or more than {most}")
+    outputs = _outputs(b_EOI, groups, inputs, weight_rows, shapes)
     y_EMO = torch.zeros(groups, most, outputs, dtype=out_dtype, device=a_EMI.codes.device)
     for group, count in enumerate(rows_E):
         if count:
@@ -228,6 +230,8 @@ def _product(a: Factor, b: Factor, out_dtype: torch.dtype, summation: Summation,
         )
     if summation not in _SUMMATIONS:
         raise ValueError(f"summation is {summation!r}: choose one of {', '.join(_SUMMATIONS)}")
+    if not a.summed:
+        return torch.zeros(a.rows, b.rows, dtype=out_dtype, device=a.codes_RSK.device)
     return _SUMMATIONS[summation](a, b, out_dtype).to(out_dtype)
 
 
@@ -240,16 +244,27 @@ def _contiguous(
     summation: Summation,
     shapes: str,
 ) -> Tensor:
-    if len(counts) != len(weights.codes) or sum(counts) != a.rows or min(counts, default=0) < 0:
-        raise ValueError(f"{shapes}, counts {list(counts[:8])}: there must be a count a weight, adding up to the rows")
-    parts = [
-        _product(a.take(rows), as_factor(expert(weights, group), "weight"), out_dtype, summation, shapes)
-        for group, rows in _ranges(counts)
-    ]
-    if parts:
-        return torch.cat(parts)
-    first = as_factor(expert(weights, 0), "weight")
-    return torch.zeros(0, first.rows, dtype=out_dtype, device=a.codes_RSK.device)
+    if sum(counts) != a.rows or min(counts, default=0) < 0:
+        raise ValueError(f"{shapes}, counts {list(counts[:8])}: they must add up to the {a.rows} rows")
+    outputs = _outputs(weights, len(counts), a.summed, as_factor, shapes)
+    y_TO = torch.empty(a.rows, outputs, dtype=out_dtype, device=a.codes_RSK.device)
+    for group, rows in _ranges(counts):
+        weight = as_factor(expert(weights, group), "weight")
+        y_TO[rows] = _product(a.take(rows), weight, out_dtype, summation, shapes)
+    return y_TO
+
+
+def _outputs(
+    weights: Quantised, groups: int, summed: int, as_factor: Callable[[Quantised, str], Factor], shapes: str
+) -> int:
+    """Outputs of each group's weight, which must sum over ``summed`` values."""
+    first, *rows, columns = weights.codes.shape
+    if first != groups or len(rows) not in (1, 2):
+        raise ValueError(f"{shapes}: weights must be (E, O, I) or (E, 2, F, I), one for each of {groups} groups")
+    outputs, own = (prod(rows), columns) if as_factor is weight_rows else (columns, prod(rows))
+    if own != summed:
+        raise ValueError(f"{shapes}: they are summed over {summed} and {own} values, which must be the same")
+    return outputs
 
 
 def _ranges(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:

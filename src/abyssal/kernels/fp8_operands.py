@@ -68,20 +68,23 @@ class Factor:
 
 
 def activation(operand: Quantised, name: str) -> Factor:
-    """(T, K) or (T, S, K) summed over its columns, in ``1x128`` tiles, ``128x128`` blocks or one scale.
+    """(T, K) or (T, S, K) summed over its columns, in ``1x128`` tiles or one scale; in ``128x128`` blocks, which are of
+    matrices, (T, K) or (S, T, K).
 
     Raises:
         ValueError: another tile or number of axes; a code that is not multiplied.
     """
     _check(operand, name, ("1x128", "128x128", "tensor"), (2, 3))
     codes, scales = operand.codes, operand.scales.float()
+    segments_axis = 1
     if operand.form.tile == "128x128":
-        if codes.ndim != 2:
-            raise ValueError(f"{name}: {tuple(codes.shape)} in 128x128 blocks must be (rows, columns)")
-        scales = scales.repeat_interleave(TILE, 0)[: len(codes)]
+        scales = scales.repeat_interleave(TILE, -2)[..., : codes.shape[-2], :]
+        segments_axis = 0
     if codes.ndim == 2:
-        codes = codes.unsqueeze(1)
-        scales = scales.unsqueeze(1) if scales.ndim else scales
+        codes = codes.unsqueeze(segments_axis)
+        scales = scales.unsqueeze(segments_axis) if scales.ndim else scales
+    if segments_axis == 0:
+        codes, scales = codes.transpose(0, 1), scales.transpose(0, 1)
     return _factor(operand, codes, scales)
 
 
@@ -147,7 +150,7 @@ def expert(operand: Quantised, index: int) -> Quantised:
 
 def _factor(operand: Quantised, codes_RSK: Tensor, scales: Tensor) -> Factor:
     rows, segments, length = codes_RSK.shape
-    uniform = not scales.ndim or segments * length <= TILE
+    uniform = not scales.ndim or segments * tiles_along(length) <= 1
     if not scales.ndim:
         scales = scales.expand(rows, segments, tiles_along(length))
     return Factor(codes_RSK, scales, operand.form.scale == "ue8m0", uniform)

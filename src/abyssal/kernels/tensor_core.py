@@ -174,8 +174,9 @@ def _largest_exponent(a: _Side, b: _Side, chunk: slice, scratch: Tensor) -> Tens
         else:
             torch.maximum(found, torch.add(a_M.unsqueeze(1), b_N, out=scratch), out=found)
     assert found is not None
-    # A chunk of zeros has no exponent; any will do whose powers of two are normal numbers.
-    return found.to(torch.int32).clamp_(min=-100 if a.values.dtype is torch.float32 else -900)
+    # A chunk of zero products has no exponent.  Any below every product's will do (-88 in FP32: two of E5M2's smallest
+    # and the spread of scales), for which the largest factor shifted up is still finite, as it meets a zero.
+    return found.to(torch.int32).clamp_(min=-90 if a.values.dtype is torch.float32 else -900)
 
 
 def _exponent(register: Tensor) -> Tensor:

@@ -150,6 +150,7 @@ def test_promoted_is_the_definition_in_every_bit(seed, sizes, code_a, code_b, ze
 @given(st.integers(0, 2**31), SIZES, CODES, CODES, st.sampled_from([0.0, 0.3, 0.95]), st.sampled_from([0, 3, 25, 60]))
 @example(0, (2, 3, 384), "e4m3", "e4m3", 0.0, 60)
 @example(0, (3, 4, 300), "e5m2", "e5m2", 0.95, 60)
+@example(0, (1, 1, 167), "e5m2", "e4m3", 0.95, 0)
 def test_without_promotion_it_is_the_definition_in_every_bit(seed, sizes, code_a, code_b, zeros, spread):
     a, b = draw(seed, sizes, code_a, code_b, "ue8m0", spread, zeros)
     product = tensor_core_product(*factors(a, b))
