@@ -69,16 +69,16 @@ bool row_blocks(const int64_t* counts, int64_t num_counts, int64_t rows, int64_t
 
 // Where a panel is written: `row` counts over all matrices, `scale` is the index of its first scale.
 template <typename Code>
-ABYSSAL_INLINE void write_row(const Arguments& a, const Strip& strip, int64_t row, int64_t start, int64_t count) {
+ABYSSAL_INLINE void write_row(const Arguments& a, Strip& strip, int64_t row, int64_t start, int64_t count) {
   if (a.codes)
     store_codes<Code>(strip.codes, count, a.codes + row * bytes_of_codes(a.code, a.columns) +
                                               bytes_of_codes(a.code, start));
   if (!a.values) return;
   const int64_t place = row * a.columns + start;
   if (a.values_dtype == kBFloat16)
-    store_values(strip.rounded, strip.scale, count, reinterpret_cast<uint16_t*>(a.values) + place);
+    store_values(strip, count, reinterpret_cast<uint16_t*>(a.values) + place);
   else
-    store_values(strip.rounded, strip.scale, count, reinterpret_cast<float*>(a.values) + place);
+    store_values(strip, count, reinterpret_cast<float*>(a.values) + place);
 }
 
 template <typename Code, typename X>

@@ -142,32 +142,62 @@ ABYSSAL_INLINE int64_t bytes_of_codes(int64_t code, int64_t columns) {
   return code == kE5m6 ? (columns + 1) / 2 * 3 : columns;
 }
 
+// Two codes of 12 bits and one of nothing, as 24 bits and back.
+ABYSSAL_INLINE uint64_t join(uint64_t pair) { return (pair & 0xfffu) | (pair >> 20); }
+ABYSSAL_INLINE uint64_t part(uint64_t joined) { return (joined & 0xfffu) | (joined & 0xfff000u) << 20; }
+
+// Four codes are six bytes, written and read as a word of eight except at the end.  `codes` has room for one more.
+ABYSSAL_INLINE void store_packed(uint32_t* codes, int64_t count, unsigned char* out) {
+  if (count % 2) codes[count] = 0;
+  const int64_t pairs = (count + 1) / 2, safe = pairs - 3;
+  uint64_t joined[kStrip / 2];
+  for (int64_t i = 0; i < pairs; ++i) {
+    uint64_t pair;
+    std::memcpy(&pair, codes + 2 * i, sizeof(pair));
+    joined[i] = join(pair);
+  }
+  int64_t i = 0;
+  for (; i < safe; i += 2) {
+    const uint64_t word = joined[i] | joined[i + 1] << 24;
+    std::memcpy(out + 3 * i, &word, sizeof(word));
+  }
+  for (; i < pairs; ++i)
+    for (int byte = 0; byte < 3; ++byte) out[3 * i + byte] = static_cast<unsigned char>(joined[i] >> 8 * byte);
+}
+
+ABYSSAL_INLINE void load_packed(const unsigned char* in, int64_t count, uint32_t* codes) {
+  const int64_t pairs = (count + 1) / 2, safe = pairs - 3;
+  uint64_t joined[kStrip / 2];
+  int64_t i = 0;
+  for (; i < safe; i += 2) {
+    uint64_t word;
+    std::memcpy(&word, in + 3 * i, sizeof(word));
+    joined[i] = word & 0xffffffu;
+    joined[i + 1] = word >> 24 & 0xffffffu;
+  }
+  for (; i < pairs; ++i)
+    joined[i] = in[3 * i] | static_cast<uint64_t>(in[3 * i + 1]) << 8 | static_cast<uint64_t>(in[3 * i + 2]) << 16;
+  for (i = 0; i < pairs; ++i) {
+    const uint64_t pair = part(joined[i]);
+    std::memcpy(codes + 2 * i, &pair, sizeof(pair));
+  }
+}
+
 template <typename Code>
-ABYSSAL_INLINE void store_codes(const uint32_t* codes, int64_t count, unsigned char* out) {
-  if constexpr (Code::kMantissaBits != 6) {
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<unsigned char>(codes[i]);
+ABYSSAL_INLINE void store_codes(uint32_t* codes, int64_t count, unsigned char* out) {
+  if constexpr (Code::kMantissaBits == 6) {
+    store_packed(codes, count, out);
   } else {
-    for (int64_t i = 0; i < count; i += 2) {
-      const uint32_t pair = codes[i] | (i + 1 < count ? codes[i + 1] << 12 : 0u);
-      unsigned char* place = out + i / 2 * 3;
-      place[0] = static_cast<unsigned char>(pair);
-      place[1] = static_cast<unsigned char>(pair >> 8);
-      place[2] = static_cast<unsigned char>(pair >> 16);
-    }
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<unsigned char>(codes[i]);
   }
 }
 
 template <typename Code>
 ABYSSAL_INLINE void load_codes(const unsigned char* in, int64_t count, uint32_t* codes) {
-  if constexpr (Code::kMantissaBits != 6) {
-    for (int64_t i = 0; i < count; ++i) codes[i] = in[i];
+  if constexpr (Code::kMantissaBits == 6) {
+    load_packed(in, count, codes);
   } else {
-    for (int64_t i = 0; i < count; i += 2) {
-      const unsigned char* place = in + i / 2 * 3;
-      const uint32_t pair = place[0] | static_cast<uint32_t>(place[1]) << 8 | static_cast<uint32_t>(place[2]) << 16;
-      codes[i] = pair & 0xfffu;
-      if (i + 1 < count) codes[i + 1] = pair >> 12;
-    }
+    for (int64_t i = 0; i < count; ++i) codes[i] = in[i];
   }
 }
 
@@ -182,9 +212,20 @@ ABYSSAL_INLINE float decode(uint32_t code) {
   return float_of(bits | ((code & Code::kSign) ? ~kMagnitude : 0u));
 }
 
+// Rounding to BF16 of what is not NaN.
+ABYSSAL_INLINE void narrow_number(float value, uint16_t* out) {
+  const uint32_t bits = bits_of(value);
+  *out = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+ABYSSAL_INLINE void narrow_number(float value, float* out) { *out = value; }
+
 template <typename Y>
-ABYSSAL_INLINE void store_values(const float* rounded, const float* scale, int64_t count, Y* out) {
-  for (int64_t i = 0; i < count; ++i) narrow(rounded[i] * scale[i], out + i);
+ABYSSAL_INLINE void store_values(const Strip& strip, int64_t count, Y* out) {
+  if (strip.spoiled) {
+    for (int64_t i = 0; i < count; ++i) narrow(strip.rounded[i] * strip.scale[i], out + i);
+  } else {
+    for (int64_t i = 0; i < count; ++i) narrow_number(strip.rounded[i] * strip.scale[i], out + i);
+  }
 }
 
 ABYSSAL_INLINE void store_scale(float scale, int64_t kind, char* scales, int64_t index) {
