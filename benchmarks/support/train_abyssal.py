@@ -27,7 +27,7 @@ def build(request: dict[str, Any]) -> Callable[[], float]:
 
     def loss() -> torch.Tensor:
         hidden = model.hidden(inputs, model.step(PackedBatch([shape[1]] * shape[0])))
-        return linear_cross_entropy(hidden, model.head_weight, targets, model.recipe.head) / len(targets)
+        return linear_cross_entropy(hidden, model.head_weight, targets, model.recipe.product("head")) / len(targets)
 
     return training_step(model.parameters(), loss)
 

@@ -41,7 +41,7 @@ def mean_loss(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
     batch, length = tokens.shape
     step = model.step(PackedBatch([length - 1] * batch))
     hidden = model.hidden(tokens[:, :-1].flatten(), step)
-    total = linear_cross_entropy(hidden, model.head_weight, tokens[:, 1:].flatten(), model.recipe.head)
+    total = linear_cross_entropy(hidden, model.head_weight, tokens[:, 1:].flatten(), model.recipe.product("head"))
     return total / (batch * (length - 1))
 
 

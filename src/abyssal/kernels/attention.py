@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from abyssal.kernels.causal_attention import causal_attention, fits
+from abyssal.kernels.causal_attention import causal_attention, causal_attention_keeping, fits
+from abyssal.kernels.fp8_tiles import Quantised
 from abyssal.kernels.prefill_attention import prefill_attention
+from abyssal.spec.tile_format import TileFormat
 
 
 def causal_mask(num_queries: int, num_keys: int, past: int, device: torch.device) -> Tensor:
@@ -60,6 +62,18 @@ def attention(q_BSHQ: Tensor, k_BLHQ: Tensor, v_BLHV: Tensor, past: int, scale: 
     k_BLHQ, v_BLHV = k_BLHQ[:, :seen], v_BLHV[:, :seen]
     out_BSHV = prefill_attention(q_BSHQ, k_BLHQ, v_BLHV, scale)
     return _attention(q_BSHQ, k_BLHQ, v_BLHV, past, scale) if out_BSHV is None else out_BSHV
+
+
+def attention_keeping(
+    q_BSHQ: Tensor, k_BLHQ: Tensor, v_BLHV: Tensor, past: int, scale: float, form: TileFormat | None
+) -> tuple[Tensor, Quantised | None]:
+    """:func:`attention`, and the same as its backward keeps it: (B·S, H·V) in ``form``, whose heads lie side by side.
+
+    None where the backward keeps the result as it is: without a form, and where torch's kernel has it.
+    """
+    if form is None or past or not _trains_on_cpu(q_BSHQ, k_BLHQ, v_BLHV):
+        return attention(q_BSHQ, k_BLHQ, v_BLHV, past, scale), None
+    return causal_attention_keeping(q_BSHQ, k_BLHQ, v_BLHV, scale, form)
 
 
 def _attention(q_BSHQ: Tensor, k_BLHQ: Tensor, v_BLHV: Tensor, past: int, scale: float) -> Tensor:

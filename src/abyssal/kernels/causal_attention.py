@@ -15,13 +15,15 @@ Error bound: as in ``kernels/attention.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from abyssal.kernels.fp8_tiles import Quantised, quantise
 from abyssal.kernels.matmul import product_dtype
+from abyssal.spec.tile_format import TileFormat
 
 BLOCK = 64
 """Queries of a block: the fewest with which a batched product still runs at full speed."""
@@ -51,21 +53,35 @@ def _block_weights(q_NMQ: Tensor, k_NLQ: Tensor, scale: float) -> Tensor:
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_NSQ: Tensor, k_NSQ: Tensor, v_NSV: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        q_NSQ: Tensor,
+        k_NSQ: Tensor,
+        v_NSV: Tensor,
+        scale: float,
+        keep: Callable[[Tensor], Quantised] | None,
+        kept_output: list[Quantised],
+    ) -> Tensor:
         out_NSV, kept, dtype = torch.empty_like(v_NSV), [], product_dtype(q_NSQ)
         q, k, v = (tensor.to(dtype) for tensor in (q_NSQ, k_NSQ, v_NSV))
         for rows in _blocks(q_NSQ.shape[1]):
             weights_NML = _block_weights(q[:, rows], k[:, : rows.stop], scale).to(q_NSQ.dtype)
             out_NSV[:, rows] = weights_NML.to(dtype) @ v[:, : rows.stop]
             kept.append(weights_NML)
-        ctx.save_for_backward(q_NSQ, k_NSQ, v_NSV, out_NSV, *kept)
-        ctx.scale = scale
+        ctx.scale, ctx.output = scale, None
+        output: tuple[Tensor, ...] = (out_NSV,)
+        if keep is not None:
+            quantised = keep(out_NSV)
+            kept_output.append(quantised)
+            output, ctx.output = (quantised.codes, quantised.scales), (quantised.form, quantised.columns)
+        ctx.save_for_backward(q_NSQ, k_NSQ, v_NSV, *output, *kept)
         return out_NSV
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dout_NSV,) = gradients
-        q_NSQ, k_NSQ, v_NSV, out_NSV, *kept = ctx.saved_tensors
+        q_NSQ, k_NSQ, v_NSV, *kept = ctx.saved_tensors
+        out_NSV, kept = _output(ctx, v_NSV, kept)
         wide, dtype = torch.promote_types(q_NSQ.dtype, torch.float32), product_dtype(q_NSQ)
         dq_NSQ = torch.empty_like(q_NSQ)
         dk_NSQ, dv_NSV = torch.zeros_like(k_NSQ, dtype=wide), torch.zeros_like(v_NSV, dtype=wide)
@@ -78,14 +94,53 @@ class _CausalAttention(torch.autograd.Function):
             dscores_NML = (dweights_NML - inner_NS1[:, rows]).mul_(weights_NML).to(dtype)
             dq_NSQ[:, rows] = (dscores_NML @ k[:, seen]).mul_(ctx.scale)
             dk_NSQ[:, seen] += dscores_NML.transpose(1, 2) @ q[:, rows]
-        return dq_NSQ, dk_NSQ.mul_(ctx.scale).to(k_NSQ.dtype), dv_NSV.to(v_NSV.dtype), None
+        return dq_NSQ, dk_NSQ.mul_(ctx.scale).to(k_NSQ.dtype), dv_NSV.to(v_NSV.dtype), None, None, None
+
+
+def _output(ctx: Any, v_NSV: Tensor, kept: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+    """The output that the backward reads, from what was kept of it, and the rest of what was kept."""
+    if ctx.output is None:
+        return kept[0], kept[1:]
+    quantised = Quantised(kept[0], kept[1], *ctx.output)
+    values_BSHV = quantised.values(v_NSV.dtype).view(
+        -1, v_NSV.shape[1], quantised.columns // v_NSV.shape[2], v_NSV.shape[2]
+    )
+    return values_BSHV.transpose(1, 2).reshape(v_NSV.shape), kept[2:]
 
 
 def causal_attention(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float) -> Tensor:
     """softmax(q kᵀ · scale, causal) v of whole sequences, with a backward.  Returns (B, S, H, V)."""
+    return _run(q_BSHQ, k_BSHQ, v_BSHV, scale, None, [])
+
+
+def causal_attention_keeping(
+    q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, scale: float, form: TileFormat
+) -> tuple[Tensor, Quantised]:
+    """The same, keeping its result for the backward in ``form``, as (B·S, H·V) with the heads side by side.
+
+    The backward reads from it the product of each row with its gradient, and no more; what is returned first is exact.
+    """
+    batch, length, heads, value_dim = v_BSHV.shape
+
+    def keep(out_NSV: Tensor) -> Quantised:
+        out_BSHV = out_NSV.view(batch, heads, length, value_dim).transpose(1, 2)
+        return quantise(out_BSHV.reshape(batch * length, heads * value_dim), form)
+
+    kept: list[Quantised] = []
+    return _run(q_BSHQ, k_BSHQ, v_BSHV, scale, keep, kept), kept[0]
+
+
+def _run(
+    q_BSHQ: Tensor,
+    k_BSHQ: Tensor,
+    v_BSHV: Tensor,
+    scale: float,
+    keep: Callable[[Tensor], Quantised] | None,
+    kept: list[Quantised],
+) -> Tensor:
     batch, length, heads, value_dim = v_BSHV.shape
     q_NSQ, k_NSQ, v_NSV = (
         tensor.transpose(1, 2).reshape(batch * heads, length, -1) for tensor in (q_BSHQ, k_BSHQ, v_BSHV)
     )
-    out_NSV = _CausalAttention.apply(q_NSQ, k_NSQ, v_NSV, scale)
+    out_NSV = _CausalAttention.apply(q_NSQ, k_NSQ, v_NSV, scale, keep, kept)
     return out_NSV.view(batch, heads, length, value_dim).transpose(1, 2)  # type: ignore[union-attr]

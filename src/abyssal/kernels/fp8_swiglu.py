@@ -1,9 +1,9 @@
 """SwiGLU between quantised products: its input kept in FP8, its output made in FP8, both ways [V3 sections 3.2.3, 3.3].
 
 Between the two products of an expert lie h = silu(gate) · up · w and its quantisation.  What is kept for the backward
-is the input [gate; up] in ``1x128`` tiles; h is made again from it there.  One rule says what the bytes are: SwiGLU is
-that of :mod:`~abyssal.kernels.swiglu` in FP32, and its FP32 result is quantised as it is, not rounded to the
-activations' dtype in between; the same holds for the gradients.  So the forward's h is that of the exact input, and the
+is the input [gate; up] in ``1x128`` tiles; h is made again from it there.  One rule says what the bytes are: SwiGLU and
+its gradients are those of :mod:`~abyssal.kernels.swiglu`, rounded to the activations' dtype as if they were stored, and
+then quantised.  So fusing changes the speed and no byte.  The forward's h is that of the exact input, and the
 backward's that of the kept one, which is where their values differ.
 
 The two halves of the input are quantised as two matrices, as the products before them and the checkpoint see them: a
@@ -31,7 +31,7 @@ def swiglu_quantised(
 
     Both formats have ``1x128`` tiles.  ``weights_T`` are routing weights, or None.
     """
-    h_TF = swiglu(gate_up_T2F.float(), _wide(weights_T))
+    h_TF = swiglu(gate_up_T2F, weights_T)
     return quantise(_halves(gate_up_T2F), kept), *quantise_with_values(h_TF, form, dtype)
 
 
@@ -41,9 +41,11 @@ def swiglu_again(
     form: TileFormat,
     dtype: torch.dtype,
     counts: Sequence[int] | None = None,
+    activation: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """(T, F): the values in ``form`` of h made from what was kept; ``counts`` are the groups of ``128x1`` tiles."""
-    return round_trip(swiglu(kept_T_2_F.values().flatten(-2), _wide(weights_T)), form, dtype, counts)
+    """(T, F): the values in ``form`` of h made from what was kept; ``counts`` are the groups of ``128x1`` tiles, and
+    ``activation`` the dtype of the input before it was kept."""
+    return round_trip(swiglu(kept_T_2_F.values(activation).flatten(-2), weights_T), form, dtype, counts)
 
 
 def swiglu_gradients(
@@ -62,18 +64,11 @@ def swiglu_gradients(
         and in ``by_column``, which its weight gradient reads (``1x128`` tiles within each half, and ``128x1`` in the
         groups of ``counts``); and the gradient (T,) of the weights, in their dtype.
     """
-    gate_up_T2F = kept_T_2_F.values().flatten(-2)
-    dgate_up_T2F, dweights_T = swiglu_backward(gate_up_T2F, _wide(weights_T), dh_TF.float())
+    gate_up_T2F = kept_T_2_F.values(dh_TF.dtype).flatten(-2)
+    dgate_up_T2F, dweights_T = swiglu_backward(gate_up_T2F, weights_T, dh_TF)
     rows_T2F = round_trip(_halves(dgate_up_T2F), by_row, dtype).flatten(-2)
-    columns_T2F = round_trip(dgate_up_T2F, by_column, dtype, counts)
-    if weights_T is None or dweights_T is None:
-        return rows_T2F, columns_T2F, None
-    return rows_T2F, columns_T2F, dweights_T.to(weights_T.dtype)
+    return rows_T2F, round_trip(dgate_up_T2F, by_column, dtype, counts), dweights_T
 
 
 def _halves(gate_up_T2F: Tensor) -> Tensor:
     return gate_up_T2F.unflatten(-1, (2, -1))
-
-
-def _wide(weights_T: Tensor | None) -> Tensor | None:
-    return None if weights_T is None else weights_T.float()

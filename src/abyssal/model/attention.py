@@ -27,15 +27,27 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from abyssal.kernels.attention import attention
+from abyssal.kernels.attention import attention, attention_keeping
+from abyssal.kernels.fp8_tiles import Quantised, quantise
 from abyssal.kernels.latent_attention import latent_attention, paged_latent_attention
 from abyssal.model.context import AttentionGroup, PagedGroup
 from abyssal.model.norm import RMSNorm
 from abyssal.model.rope import apply_rotation, softmax_scale
 from abyssal.model.step import Step
 from abyssal.precision.linear import Linear, WeightQueue, grouped_linear
+from abyssal.precision.operand import Activation, kept_source, operand
 from abyssal.precision.recipe import Recipe
 from abyssal.spec.model import LATENT_NORM_EPS, GroupedQueryAttentionSpec, LatentAttentionSpec, ModelSpec
+from abyssal.spec.tile_format import TileFormat
+
+
+def _join_kept(kept: list[Quantised | None], joined: Tensor, form: TileFormat | None) -> Quantised | None:
+    """The groups' outputs as they are kept, as one; what attention did not keep so is quantised here."""
+    if form is None or not torch.is_grad_enabled():
+        return None
+    if len(kept) == 1 and kept[0] is not None:
+        return kept[0]
+    return quantise(joined.detach(), form)
 
 
 def _join(parts: list[Tensor], q_THQ: Tensor, width: int) -> Tensor:
@@ -62,35 +74,46 @@ class LatentAttention(nn.Module):
         self.rope_interleaved = spec.rope_interleaved
         self.forgets_norms = "norm" in recipe.recompute
         self.forgets_up_projections = "up_projection" in recipe.recompute
-        hidden, heads, entry = spec.hidden_size, sizes.num_heads, recipe.projection
+        self.kept_output = recipe.kept_after_attention
+        hidden, heads, entry = spec.hidden_size, sizes.num_heads, recipe.product
         query_width = heads * sizes.qk_head_dim
         if sizes.q_lora_rank is None:
-            self.q = Linear(hidden, query_width, entry, device, dtype)
+            self.q = Linear(hidden, query_width, entry("q"), device, dtype)
         else:
-            self.q_a = Linear(hidden, sizes.q_lora_rank, entry, device, dtype)
+            self.q_a = Linear(hidden, sizes.q_lora_rank, entry("q_a"), device, dtype)
             self.q_norm = RMSNorm(sizes.q_lora_rank, LATENT_NORM_EPS, device, dtype)
-            self.q_b = Linear(sizes.q_lora_rank, query_width, entry, device, dtype)
-        self.kv_a = Linear(hidden, sizes.cache_values, entry, device, dtype)
+            self.q_b = Linear(sizes.q_lora_rank, query_width, entry("q_b"), device, dtype)
+        self.kv_a = Linear(hidden, sizes.cache_values, entry("kv_a"), device, dtype)
         self.kv_norm = RMSNorm(sizes.kv_lora_rank, LATENT_NORM_EPS, device, dtype)
         expanded_width = heads * (sizes.qk_nope_head_dim + sizes.v_head_dim)
-        self.kv_b = Linear(sizes.kv_lora_rank, expanded_width, entry, device, dtype)
-        self.out = Linear(heads * sizes.v_head_dim, hidden, entry, device, dtype)
+        self.kv_b = Linear(sizes.kv_lora_rank, expanded_width, entry("kv_b"), device, dtype)
+        self.out = Linear(heads * sizes.v_head_dim, hidden, entry("out"), device, dtype)
 
-    def _query(self, h_TD: Tensor, layer: int, step: Step) -> Tensor:
+    def input_operand(self, h_TD: Tensor) -> Activation:
+        """The layer's normalised input as the products that read it want it."""
+        first = self.q if self.sizes.q_lora_rank is None else self.q_a
+        return operand(h_TD, self.kv_a.entry if first.entry.fp8 is None else first.entry)
+
+    def _query(self, h: Activation, layer: int, step: Step) -> Tensor:
         """[V3 eq. 6–9]: (T, H, Q), rotary part rotated."""
         if self.sizes.q_lora_rank is None:
-            return self._up_query(self.q, h_TD, layer, step)
-        down_TC = self.q_a(h_TD, step.queue)
-        latent_TC = self.q_norm(down_TC)
+            return self._up_query(self.q, h, layer, step)
+        down_TC = self.q_a(h, step.queue)
+
+        def latent() -> Activation:
+            return operand(self.q_norm(down_TC), self.q_b.entry)
+
+        latent_TC = latent()
         q_THQ = self._up_query(self.q_b, latent_TC, layer, step)
         if self.forgets_norms:
-            step.forgotten.forget(layer, latent_TC, lambda: self.q_norm(down_TC))
+            step.forgotten.forget_activation(layer, latent_TC, latent)
         return q_THQ
 
-    def _up_query(self, up: Linear, input_TX: Tensor, layer: int, step: Step) -> Tensor:
+    def _up_query(self, up: Linear, x: Activation, layer: int, step: Step) -> Tensor:
         if self.forgets_up_projections:
-            step.forgotten.offer_query(layer, lambda: self._rotated(up(input_TX), step))
-        return self._rotated(up(input_TX, step.queue), step)
+            source = kept_source(x)
+            step.forgotten.offer_query(layer, lambda: self._rotated(up(source()), step))
+        return self._rotated(up(x, step.queue), step)
 
     def _rotated(self, q_TQ: Tensor, step: Step) -> Tensor:
         """The heads of the query, their rotary parts rotated: (T, H, Q)."""
@@ -99,40 +122,46 @@ class LatentAttention(nn.Module):
         nope, rope = q_THQ.split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], -1)
         return torch.cat([nope, apply_rotation(rope, step.rotation)], -1)
 
-    def project(self, h_TD: Tensor, layer: int, step: Step) -> tuple[Tensor, Tensor]:
+    def project(self, h: Activation, layer: int, step: Step) -> tuple[Tensor, Tensor]:
         """Query (T, H, Q) and this layer's cache entries (T, C + R): normalised latent, rotated key [V3 eq. 1, 3]."""
-        latent, rope = self.kv_a(h_TD, step.queue).split([self.sizes.kv_lora_rank, self.sizes.qk_rope_head_dim], -1)
+        latent, rope = self.kv_a(h, step.queue).split([self.sizes.kv_lora_rank, self.sizes.qk_rope_head_dim], -1)
         entries_TX = torch.cat([self.kv_norm(latent), apply_rotation(rope, step.rotation)], -1)
-        return self._query(h_TD, layer, step), step.context.write(layer, entries_TX)
+        return self._query(h, layer, step), step.context.write(layer, entries_TX)
 
     def attend(self, q_THQ: Tensor, entries_TX: Tensor, layer: int, step: Step) -> Tensor:
         """Attention output (T, D) [V3 eq. 10–11]."""
         parts: list[Tensor] = []
+        kept: list[Quantised | None] = []
         for absorbed, run in groupby(step.context.groups(layer, entries_TX), lambda group: group.absorbed):
             if absorbed:
                 parts.append(self._absorbed(q_THQ, list(run), step))
+                kept.append(None)
                 continue
             for group in run:
                 assert isinstance(group, AttentionGroup)
-                parts.append(self._expanded(q_THQ[group.rows], group, layer, step))
-        return self.out(_join(parts, q_THQ, self.sizes.num_heads * self.sizes.v_head_dim), step.queue)
+                out, codes = self._expanded(q_THQ[group.rows], group, layer, step)
+                parts.append(out)
+                kept.append(codes)
+        joined = _join(parts, q_THQ, self.sizes.num_heads * self.sizes.v_head_dim)
+        return self.out(operand(joined, self.out.entry, _join_kept(kept, joined, self.kept_output)), step.queue)
 
-    def _expanded(self, q: Tensor, group: AttentionGroup, layer: int, step: Step) -> Tensor:
-        """Keys and values of every head from the latents [V3 eq. 2, 4, 5], then attention: (B·S, H·V)."""
+    def _expanded(self, q: Tensor, group: AttentionGroup, layer: int, step: Step) -> tuple[Tensor, Quantised | None]:
+        """Keys and values of every head from the latents [V3 eq. 2, 4, 5], then attention: (B·S, H·V), and the same as
+        attention's backward keeps it where it keeps it quantised."""
         sizes, sequences = self.sizes, group.num_sequences
         latent, rope = group.entries.split([sizes.kv_lora_rank, sizes.qk_rope_head_dim], -1)
         latent, rope = latent.contiguous(), rope.reshape(sequences, 1, -1, sizes.qk_rope_head_dim)
         k_BHLQ, v_BHLV = self._keys_values(latent, rope, step.queue)
         q_BHSQ = self._by_head(q, sequences)
         q_BSHQ, k_BLHQ, v_BLHV = (tensor.transpose(1, 2) for tensor in (q_BHSQ, k_BHLQ, v_BHLV))
-        out = attention(q_BSHQ, k_BLHQ, v_BLHV, group.past, self.scale)
+        out, kept = attention_keeping(q_BSHQ, k_BLHQ, v_BLHV, group.past, self.scale, self.kept_output)
         if self.forgets_up_projections:
             query = step.forgotten.query(layer)
             again = step.forgotten.shared(layer, lambda: self._keys_values(latent, rope))
             step.forgotten.forget(layer, q_BHSQ, lambda: self._by_head(query()[group.rows], sequences))
             step.forgotten.forget(layer, k_BHLQ, lambda: again()[0])
             step.forgotten.forget(layer, v_BHLV, lambda: again()[1])
-        return out.reshape(len(q), -1)
+        return out.reshape(len(q), -1), kept
 
     def _by_head(self, q_THQ: Tensor, sequences: int) -> Tensor:
         """(B, H, S, Q), in a storage of its own."""
@@ -157,7 +186,7 @@ class LatentAttention(nn.Module):
         The groups' rows follow one another: their products are one, and each attends to its own entries."""
         q = q_THQ[groups[0].rows.start : groups[-1].rows.stop]
         sizes, rows, heads = self.sizes, len(q), self.sizes.num_heads
-        entry, counts = self.kv_b.entry, [len(q)] * self.sizes.num_heads
+        entry, counts = self.kv_b.entry.plain, [len(q)] * self.sizes.num_heads
         kv_b_HXC = self.kv_b.effective_weight().view(heads, -1, sizes.kv_lora_rank)
         up_k_HNC, up_v_HVC = kv_b_HXC.split([sizes.qk_nope_head_dim, sizes.v_head_dim], 1)
         nope, rope = q.split([sizes.qk_nope_head_dim, sizes.qk_rope_head_dim], -1)
@@ -196,13 +225,19 @@ class GroupedQueryAttention(nn.Module):
         assert isinstance(spec.attention, GroupedQueryAttentionSpec)
         self.sizes = sizes = spec.attention
         self.scale = softmax_scale(spec)
-        hidden, entry = spec.hidden_size, recipe.projection
-        self.q = Linear(hidden, sizes.num_heads * sizes.head_dim, entry, device, dtype)
-        self.k = Linear(hidden, sizes.num_kv_heads * sizes.head_dim, entry, device, dtype)
-        self.v = Linear(hidden, sizes.num_kv_heads * sizes.head_dim, entry, device, dtype)
-        self.out = Linear(sizes.num_heads * sizes.head_dim, hidden, entry, device, dtype)
+        self.kept_output = recipe.kept_after_attention
+        hidden, entry = spec.hidden_size, recipe.product
+        self.q = Linear(hidden, sizes.num_heads * sizes.head_dim, entry("q"), device, dtype)
+        self.k = Linear(hidden, sizes.num_kv_heads * sizes.head_dim, entry("k"), device, dtype)
+        self.v = Linear(hidden, sizes.num_kv_heads * sizes.head_dim, entry("v"), device, dtype)
+        self.out = Linear(sizes.num_heads * sizes.head_dim, hidden, entry("out"), device, dtype)
 
-    def project(self, h_TD: Tensor, layer: int, step: Step) -> tuple[Tensor, Tensor]:
+    def input_operand(self, h_TD: Tensor) -> Activation:
+        """The layer's normalised input as the products that read it want it."""
+        entries = self.q.entry, self.k.entry, self.v.entry
+        return operand(h_TD, next((entry for entry in entries if entry.fp8 is not None), self.q.entry))
+
+    def project(self, h_TD: Activation, layer: int, step: Step) -> tuple[Tensor, Tensor]:
         """Rotated query (T, H, Q) and this layer's cache entries (T, 2 · KV heads · head width): keys, values."""
         sizes, rows = self.sizes, len(h_TD)
         q_THQ = apply_rotation(self.q(h_TD, step.queue).view(rows, sizes.num_heads, sizes.head_dim), step.rotation)
@@ -214,7 +249,8 @@ class GroupedQueryAttention(nn.Module):
         """Attention output (T, D)."""
         groups = step.context.groups(layer, entries_TX)
         parts = [self._group(q_THQ[group.rows], group) for group in groups if isinstance(group, AttentionGroup)]
-        return self.out(_join(parts, q_THQ, self.sizes.num_heads * self.sizes.head_dim), step.queue)
+        joined = _join(parts, q_THQ, self.sizes.num_heads * self.sizes.head_dim)
+        return self.out(operand(joined, self.out.entry, _join_kept([], joined, self.kept_output)), step.queue)
 
     def _group(self, q: Tensor, group: AttentionGroup) -> Tensor:
         sizes = self.sizes

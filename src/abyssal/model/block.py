@@ -17,7 +17,8 @@ from abyssal.model.native_layer import NativeLayer
 from abyssal.model.norm import RMSNorm
 from abyssal.model.stages import StageIO, run_stages
 from abyssal.model.step import Step
-from abyssal.precision.recipe import Recipe
+from abyssal.precision.operand import Activation, Operand, operand, received
+from abyssal.precision.recipe import LinearEntry, Recipe
 from abyssal.spec.model import ModelSpec
 from abyssal.spec.placement import Placement
 
@@ -49,8 +50,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, device, dtype)
         self.ffn: FFN | MoE
         if dense:
-            forgets = "swiglu" in recipe.recompute
-            self.ffn = FFN(spec.hidden_size, spec.dense_ffn_size, recipe.projection, device, dtype, forgets)
+            self.ffn = FFN(spec.hidden_size, spec.dense_ffn_size, recipe, "dense", device, dtype)
         else:
             self.ffn = MoE(spec, recipe, placement, device, dtype)
 
@@ -61,11 +61,14 @@ class Block(nn.Module):
 
     def attention_in(self, io: StageIO, step: Step) -> StageIO:
         """Norm, projections, rotation, cache write."""
-        h_TD = self.attention_norm(io.x_TD)
-        query_THQ, entries_TX = self.attention.project(h_TD, self.layer, step)
+        h = self._attention_input(io.x_TD)
+        query_THQ, entries_TX = self.attention.project(h, self.layer, step)
         if self.forgets_norms:
-            step.forgotten.forget(self.layer, h_TD, lambda: self.attention_norm(io.x_TD))
+            step.forgotten.forget_activation(self.layer, h, lambda: self._attention_input(io.x_TD))
         return StageIO(x_TD=io.x_TD, query_THQ=query_THQ, entries_TX=entries_TX)
+
+    def _attention_input(self, x_TD: Tensor) -> Activation:
+        return self.attention.input_operand(self.attention_norm(x_TD))
 
     def attention_out(self, io: StageIO, step: Step) -> StageIO:
         """Attention, output projection, residual, norm, router."""
@@ -82,18 +85,29 @@ class Block(nn.Module):
         """The shared experts, or a dense layer's feed-forward."""
         ffn = self.ffn if isinstance(self.ffn, FFN) else self.ffn.shared
         assert io.u_TD is not None
-        shared_TD = None if ffn is None else ffn(io.u_TD, self.layer, step)
+        u = io.u_TD if ffn is None else operand(io.u_TD, ffn.gate_up.entry)
+        shared_TD = None if ffn is None else ffn(u, self.layer, step)
         if self.forgets_norms:
-            step.forgotten.forget(self.layer, io.u_TD, lambda: self.ffn_norm(io.x_TD))
+            self._forget_input(io, u, None if ffn is None else ffn.gate_up.entry, step)
         return io.having(u_TD=None, shared_TD=shared_TD)
+
+    def _forget_input(self, io: StageIO, u: Activation, entry: LinearEntry | None, step: Step) -> None:
+        """Forget the feed-forward's normalised input, which the router keeps too, and what was made of it."""
+        assert io.u_TD is not None
+        normed = step.forgotten.shared(self.layer, lambda: self.ffn_norm(io.x_TD))
+        step.forgotten.forget(self.layer, io.u_TD, normed)
+        if isinstance(u, Operand) and entry is not None:
+            step.forgotten.forget_activation(self.layer, u, lambda: operand(normed(), entry))
 
     def experts(self, io: StageIO, step: Step) -> StageIO:
         """The routed experts over the rows sent to this rank."""
         if not isinstance(self.ffn, MoE):
             return io
         assert io.rows_AD is not None and io.weights_A is not None and io.plan is not None
-        rows_AD = self.ffn.experts(io.rows_AD, io.weights_A, io.plan.counts, self.layer, step)
-        return io.having(rows_AD=rows_AD, weights_A=None)
+        entry, codes = self.ffn.experts.gate_up_entry, io.rows_codes
+        rows = operand(io.rows_AD, entry) if codes is None else received(io.rows_AD, codes, entry)
+        rows_AD = self.ffn.experts(rows, io.weights_A, io.plan.counts, self.layer, step)
+        return io.having(rows_AD=rows_AD, rows_codes=None, weights_A=None)
 
     def finish(self, io: StageIO, step: Step) -> StageIO:
         """Residual."""

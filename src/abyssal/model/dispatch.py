@@ -12,21 +12,30 @@ The routing weight travels with its token and is applied inside the expert (see 
 plain sum that may be taken in parts on the way.  It adds in FP32 at least, over the choices in the order the router
 made them, and rounds once, so that one rank and many ranks compute the same.
 
+A recipe may have tokens travel in FP8 [V3 section 3.3.3]: forward in dispatch, and their gradients in the backward of
+combine.  They are quantised before they are sent, whether they go far or stay, and what arrives goes into the experts'
+products as it is.  What is summed on the way, in combine and in the backward of dispatch, is not quantised.
+
 Legend: T tokens, D model, K chosen experts, A = T·K rows sorted by slot.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from abyssal.kernels.fp8_tiles import Quantised, quantise
 from abyssal.kernels.row_sums import row_sums
+from abyssal.precision.wire import pack, unpack
 from abyssal.spec.placement import Placement
+from abyssal.spec.tile_format import TileFormat
 
+Source = TypeVar("Source")
+Target = TypeVar("Target")
 Result = TypeVar("Result", covariant=True)
 
 
@@ -139,44 +148,92 @@ class LocalDispatcher:
         return Done((sum_TD, weights_TK))
 
 
+@dataclass(frozen=True)
+class Then(Generic[Source, Target]):
+    """A handle whose result is made from another's."""
+
+    handle: Handle[Source]
+    function: Callable[[Source], Target]
+
+    def wait(self) -> Target:
+        return self.function(self.handle.wait())
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What dispatch brought to the experts of this rank."""
+
+    values_AD: Tensor
+    """In the dtype in which the tokens were given."""
+    weights_A: Tensor | None
+    codes: Quantised | None = None
+    """As they travelled, when they did so in FP8."""
+
+
+def start_dispatch(
+    dispatcher: Dispatcher, x_TD: Tensor, weights_TK: Tensor | None, plan: DispatchPlan, wire: TileFormat | None
+) -> Handle[Rows]:
+    """Dispatch in the format of the wire, without autograd: with one, each token is quantised and travels as bytes."""
+    if wire is None:
+        return Then(dispatcher.start_dispatch(x_TD, weights_TK, plan), lambda sent: Rows(*sent))
+
+    def arrived(sent: tuple[Tensor, Tensor | None]) -> Rows:
+        codes = unpack(sent[0], x_TD.shape[1], wire)
+        return Rows(codes.values(x_TD.dtype), sent[1], codes)
+
+    return Then(dispatcher.start_dispatch(pack(quantise(x_TD, wire)), weights_TK, plan), arrived)
+
+
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, dispatcher: Dispatcher
+        ctx: Any,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        plan: DispatchPlan,
+        dispatcher: Dispatcher,
+        wire: TileFormat | None,
+        arrived: list[Rows],
     ) -> tuple[Tensor, Tensor]:
         ctx.plan, ctx.dispatcher = plan, dispatcher
-        rows_AD, weights_A = dispatcher.start_dispatch(x_TD, weights_TK, plan).wait()
-        assert weights_A is not None
-        return rows_AD, weights_A
+        rows = start_dispatch(dispatcher, x_TD, weights_TK, plan, wire).wait()
+        assert rows.weights_A is not None
+        arrived.append(rows)
+        return rows.values_AD, rows.weights_A
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dx_TD, dweights_TK = ctx.dispatcher.start_combine(gradients[0], gradients[1], ctx.plan).wait()
-        return dx_TD, dweights_TK, None, None
+        return dx_TD, dweights_TK, None, None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_AD: Tensor, plan: DispatchPlan, dispatcher: Dispatcher) -> Tensor:
-        ctx.plan, ctx.dispatcher = plan, dispatcher
+    def forward(
+        ctx: Any, rows_AD: Tensor, plan: DispatchPlan, dispatcher: Dispatcher, wire: TileFormat | None
+    ) -> Tensor:
+        ctx.plan, ctx.dispatcher, ctx.wire = plan, dispatcher, wire
         return dispatcher.start_combine(rows_AD, None, plan).wait()[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.dispatcher.start_dispatch(gradients[0], None, ctx.plan).wait()[0], None, None
+        rows = start_dispatch(ctx.dispatcher, gradients[0], None, ctx.plan, ctx.wire).wait()
+        return rows.values_AD, None, None, None
 
 
-def dispatch(x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, dispatcher: Dispatcher) -> tuple[Tensor, Tensor]:
-    """Dispatch under autograd, waiting for the result: rows (A, D) and weights (A,)."""
+def dispatch(
+    x_TD: Tensor, weights_TK: Tensor, plan: DispatchPlan, dispatcher: Dispatcher, wire: TileFormat | None = None
+) -> Rows:
+    """Dispatch under autograd, waiting for the result."""
     if not torch.is_grad_enabled():
-        rows_AD, weights_A = dispatcher.start_dispatch(x_TD, weights_TK, plan).wait()
-        assert weights_A is not None
-        return rows_AD, weights_A
-    return _Dispatch.apply(x_TD, weights_TK, plan, dispatcher)  # type: ignore[no-any-return]
+        return start_dispatch(dispatcher, x_TD, weights_TK, plan, wire).wait()
+    arrived: list[Rows] = []
+    values_AD, weights_A = _Dispatch.apply(x_TD, weights_TK, plan, dispatcher, wire, arrived)  # type: ignore[misc]
+    return Rows(values_AD, weights_A, arrived[0].codes)
 
 
-def combine(rows_AD: Tensor, plan: DispatchPlan, dispatcher: Dispatcher) -> Tensor:
+def combine(rows_AD: Tensor, plan: DispatchPlan, dispatcher: Dispatcher, wire: TileFormat | None = None) -> Tensor:
     """Combine under autograd, waiting for the result: (T, D)."""
     if not torch.is_grad_enabled():
         return dispatcher.start_combine(rows_AD, None, plan).wait()[0]
-    return _Combine.apply(rows_AD, plan, dispatcher)  # type: ignore[no-any-return]
+    return _Combine.apply(rows_AD, plan, dispatcher, wire)  # type: ignore[no-any-return]

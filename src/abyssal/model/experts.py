@@ -9,6 +9,7 @@ Legend: D model, F expert hidden (gate and up together in ``w_gate_up_EFD``), E 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,16 @@ from abyssal.kernels.swiglu import swiglu
 from abyssal.model.router import Router
 from abyssal.model.step import Step
 from abyssal.precision.linear import Linear, grouped_linear
-from abyssal.precision.recipe import LinearEntry, Recipe
+from abyssal.precision.operand import Activation, plain
+from abyssal.precision.recipe import Product, Recipe
+from abyssal.precision.swiglu import kept_swiglu
 from abyssal.spec.model import ModelSpec
 from abyssal.spec.placement import Placement
+
+_PRODUCTS: dict[str, tuple[Product, Product]] = {
+    "dense": ("dense.gate_up", "dense.down"),
+    "shared": ("shared.gate_up", "shared.down"),
+}
 
 
 class FFN(nn.Module):
@@ -29,18 +37,26 @@ class FFN(nn.Module):
         self,
         hidden_size: int,
         ffn_size: int,
-        entry: LinearEntry,
+        recipe: Recipe,
+        kind: Literal["dense", "shared"],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        forgets_swiglu: bool = False,
     ) -> None:
         super().__init__()
-        self.forgets_swiglu = forgets_swiglu
-        self.gate_up = Linear(hidden_size, 2 * ffn_size, entry, device, dtype)
-        self.down = Linear(ffn_size, hidden_size, entry, device, dtype)
+        gate_up, down = (recipe.product(name) for name in _PRODUCTS[kind])
+        self.forgets_swiglu = "swiglu" in recipe.recompute
+        self.kept_swiglu = recipe.kept_swiglu if kind == "shared" else None
+        self.gate_up = Linear(hidden_size, 2 * ffn_size, gate_up, device, dtype, parts=2)
+        self.down = Linear(ffn_size, hidden_size, down, device, dtype)
 
-    def forward(self, u_TD: Tensor, layer: int, step: Step) -> Tensor:
+    def forward(self, u_TD: Activation, layer: int, step: Step) -> Tensor:
         gate_up_TF = self.gate_up(u_TD, step.queue)
+        if self.kept_swiglu is not None:
+            h, again = kept_swiglu(gate_up_TF, None, self.kept_swiglu, self.down.entry)
+            out_TD = self.down(h, step.queue)
+            if again is not None:
+                step.forgotten.forget(layer, plain(h), again)
+            return out_TD
         h_TF = swiglu(gate_up_TF)
         out_TD = self.down(h_TF, step.queue)
         if self.forgets_swiglu:
@@ -63,7 +79,9 @@ class Experts(nn.Module):
         assert spec.moe is not None
         hidden, width, slots = spec.hidden_size, spec.moe.expert_ffn_size, len(placement.slots)
         self.placement = placement
-        self.entry = recipe.experts
+        self.gate_up_entry = recipe.product("experts.gate_up")
+        self.down_entry = recipe.product("experts.down")
+        self.kept_swiglu = recipe.kept_swiglu
         self.forgets_swiglu = "swiglu" in recipe.recompute
         self.w_gate_up_EFD = nn.Parameter(torch.empty(slots, 2 * width, hidden, device=device, dtype=dtype))
         self.w_down_EDF = nn.Parameter(torch.empty(slots, hidden, width, device=device, dtype=dtype))
@@ -73,22 +91,28 @@ class Experts(nn.Module):
         """The logical expert of each local slot."""
         return self.placement.slots
 
-    def forward(self, rows_AD: Tensor, weights_A: Tensor, counts: Sequence[int], layer: int, step: Step) -> Tensor:
+    def forward(self, rows_AD: Activation, weights_A: Tensor, counts: Sequence[int], layer: int, step: Step) -> Tensor:
         """Each row through its slot's expert, times its routing weight: (A, D)."""
         gate_up_AF = self.gate_up(rows_AD, counts, step)
+        if self.kept_swiglu is not None:
+            h, again = kept_swiglu(gate_up_AF, weights_A, self.kept_swiglu, self.down_entry)
+            out_AD = self.down(h, counts, step)
+            if again is not None:
+                step.forgotten.forget(layer, plain(h), again)
+            return out_AD
         h_AF = swiglu(gate_up_AF, weights_A)
         out_AD = self.down(h_AF, counts, step)
         if self.forgets_swiglu:
             step.forgotten.forget(layer, h_AF, lambda: swiglu(gate_up_AF, weights_A))
         return out_AD
 
-    def gate_up(self, rows_AD: Tensor, counts: Sequence[int], step: Step) -> Tensor:
+    def gate_up(self, rows_AD: Activation, counts: Sequence[int], step: Step) -> Tensor:
         """Each row times its slot's gate and up weights: (A, 2F)."""
-        return grouped_linear(rows_AD, self.w_gate_up_EFD, counts, self.entry, step.queue)
+        return grouped_linear(rows_AD, self.w_gate_up_EFD, counts, self.gate_up_entry, step.queue, parts=2)
 
-    def down(self, rows_AF: Tensor, counts: Sequence[int], step: Step) -> Tensor:
+    def down(self, rows_AF: Activation, counts: Sequence[int], step: Step) -> Tensor:
         """Each row times its slot's down weight: (A, D)."""
-        return grouped_linear(rows_AF, self.w_down_EDF, counts, self.entry, step.queue)
+        return grouped_linear(rows_AF, self.w_down_EDF, counts, self.down_entry, step.queue)
 
     @torch.no_grad()
     def load_slots(self, placement: Placement, changes: Mapping[int, tuple[Tensor, Tensor]]) -> None:
@@ -147,10 +171,7 @@ class MoE(nn.Module):
         assert moe is not None
         placement = placement or Placement.identity(moe.num_experts)
         _check_experts(placement, moe.num_experts)
-        self.router = Router(spec.hidden_size, moe, recipe.gate, device, dtype)
+        self.router = Router(spec.hidden_size, moe, recipe.product("gate"), device, dtype)
         self.experts = Experts(spec, placement, recipe, device, dtype)
         shared_size = moe.num_shared_experts * moe.expert_ffn_size
-        forgets = "swiglu" in recipe.recompute
-        self.shared = (
-            FFN(spec.hidden_size, shared_size, recipe.projection, device, dtype, forgets) if shared_size else None
-        )
+        self.shared = FFN(spec.hidden_size, shared_size, recipe, "shared", device, dtype) if shared_size else None

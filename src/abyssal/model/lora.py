@@ -29,6 +29,7 @@ from abyssal.model.experts import Experts
 from abyssal.model.step import Step
 from abyssal.model.transformer import Transformer
 from abyssal.precision.linear import Linear, WeightQueue, grouped_linear, linear
+from abyssal.precision.operand import Activation
 
 Target = Literal["attention", "experts", "ffn"]
 
@@ -88,10 +89,10 @@ class AdaptedLinear(Adapted, Linear):
 
     weights: ClassVar[Mapping[str, str]] = {"weight": ""}
 
-    def forward(self, x_TI: Tensor, queue: WeightQueue | None = None) -> Tensor:
+    def forward(self, x_TI: Activation, queue: WeightQueue | None = None) -> Tensor:
         a_rI, b_Or = self.adapter("weight")
-        narrow_Tr = linear(x_TI, a_rI, self.entry, queue) * self.lora_scale
-        return super().forward(x_TI, queue) + linear(narrow_Tr, b_Or, self.entry, queue)
+        narrow_Tr = linear(x_TI, a_rI, self.entry.plain, queue) * self.lora_scale
+        return super().forward(x_TI, queue) + linear(narrow_Tr, b_Or, self.entry.plain, queue)
 
     def effective_weight(self) -> Tensor:
         return self.merged(self.weight, *self.adapter("weight"))
@@ -107,16 +108,17 @@ class AdaptedExperts(Adapted, Experts):
 
     weights: ClassVar[Mapping[str, str]] = {"w_gate_up_EFD": "gate_up_", "w_down_EDF": "down_"}
 
-    def gate_up(self, rows_AD: Tensor, counts: Sequence[int], step: Step) -> Tensor:
+    def gate_up(self, rows_AD: Activation, counts: Sequence[int], step: Step) -> Tensor:
         return super().gate_up(rows_AD, counts, step) + self._low_rank(rows_AD, "w_gate_up_EFD", counts, step)
 
-    def down(self, rows_AF: Tensor, counts: Sequence[int], step: Step) -> Tensor:
+    def down(self, rows_AF: Activation, counts: Sequence[int], step: Step) -> Tensor:
         return super().down(rows_AF, counts, step) + self._low_rank(rows_AF, "w_down_EDF", counts, step)
 
-    def _low_rank(self, rows_AI: Tensor, weight: str, counts: Sequence[int], step: Step) -> Tensor:
+    def _low_rank(self, rows_AI: Activation, weight: str, counts: Sequence[int], step: Step) -> Tensor:
         a, b = (self._by_slot(factor) for factor in self.adapter(weight))
-        narrow_Ar = grouped_linear(rows_AI, a, counts, self.entry, step.queue) * self.lora_scale
-        return grouped_linear(narrow_Ar, b, counts, self.entry, step.queue)
+        entry = (self.gate_up_entry if weight == "w_gate_up_EFD" else self.down_entry).plain
+        narrow_Ar = grouped_linear(rows_AI, a, counts, entry, step.queue) * self.lora_scale
+        return grouped_linear(narrow_Ar, b, counts, entry, step.queue)
 
     def _by_slot(self, stacked_E: Tensor) -> Tensor:
         """From logical experts to slots.  The gradients of an expert's slots add up on the way back."""

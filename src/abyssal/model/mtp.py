@@ -47,7 +47,7 @@ class MTPModule(nn.Module):
         hidden, eps = spec.hidden_size, spec.rms_norm_eps
         self.embedding_norm = RMSNorm(hidden, eps, device, dtype)
         self.hidden_norm = RMSNorm(hidden, eps, device, dtype)
-        self.projection = Linear(2 * hidden, hidden, recipe.projection, device, dtype)
+        self.projection = Linear(2 * hidden, hidden, recipe.product("mtp"), device, dtype)
         self.block = Block(spec, spec.num_layers + depth, spec.moe is None, recipe, placement, device, dtype)
         self.norm = RMSNorm(hidden, eps, device, dtype)
 

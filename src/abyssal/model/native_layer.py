@@ -144,14 +144,14 @@ def _product_fits(module: nn.Module, dtype: torch.dtype) -> bool:
     if isinstance(module, Linear):
         return _weight_fits(module.weight, module.entry, dtype)
     if isinstance(module, Experts):
-        weights = module.w_gate_up_EFD, module.w_down_EDF
-        fit = all(_weight_fits(weight, module.entry, dtype) for weight in weights)
+        products = (module.w_gate_up_EFD, module.gate_up_entry), (module.w_down_EDF, module.down_entry)
+        fit = all(_weight_fits(weight, entry, dtype) for weight, entry in products)
         return fit and len(module.slots) == module.placement.num_experts
     return True
 
 
 def _weight_fits(weight: Tensor, entry: LinearEntry, dtype: torch.dtype) -> bool:
-    kept = dtype is torch.float32 or entry.operands == "activation"
+    kept = entry.fp8 is None and (dtype is torch.float32 or entry.operands == "activation")
     return kept and weight.dtype in (dtype, torch.bfloat16)  # BF16 weights are widened as they are read
 
 

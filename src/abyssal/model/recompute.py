@@ -17,6 +17,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from abyssal.kernels.fp8_tiles import Quantised
+from abyssal.precision.operand import Activation, Operand, plain
+
 Made = TypeVar("Made")
 
 
@@ -53,6 +56,15 @@ class Forgotten:
 
         self._fills.setdefault(layer, []).append(fill)
 
+    def forget_activation(self, layer: int, activation: Activation, recompute: Callable[[], Activation]) -> None:
+        """The same for what goes into products: of one that is quantised, the codes and scales that were kept."""
+        if not isinstance(activation, Operand):
+            self.forget(layer, activation, lambda: plain(recompute()))
+            return
+        kept, again = _kept(activation), self.shared(layer, lambda: _kept(recompute()))
+        self.forget(layer, kept.codes, lambda: again().codes)
+        self.forget(layer, kept.scales, lambda: again().scales)
+
     def shared(self, layer: int, make: Callable[[], Made]) -> Callable[[], Made]:
         """``make``, run once while block ``layer`` is recalled however often it is asked: for several activations that
         come from one computation."""
@@ -79,6 +91,11 @@ class Forgotten:
         for shared in self._shared.pop(layer, ()):
             shared.clear()
         self._queries.pop(layer, None)
+
+
+def _kept(activation: Activation) -> Quantised:
+    assert isinstance(activation, Operand) and isinstance(activation.kept, Quantised)
+    return activation.kept
 
 
 class _Shared(Generic[Made]):

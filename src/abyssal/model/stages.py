@@ -14,14 +14,14 @@ Legend: T tokens, D model, H heads, Q query width, X cached values, K chosen exp
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from abyssal.model.dispatch import DispatchPlan, Done, Handle, combine, dispatch
+from abyssal.kernels.fp8_tiles import Quantised
+from abyssal.model.dispatch import DispatchPlan, Done, Handle, Rows, Then, combine, dispatch, start_dispatch
 from abyssal.model.step import Step
 from abyssal.precision.linear import WeightQueue
 
@@ -41,9 +41,6 @@ STAGES: tuple[StageName, ...] = (
 )
 COMMUNICATING: frozenset[StageName] = frozenset({"dispatch", "combine"})
 
-Source = TypeVar("Source")
-Target = TypeVar("Target")
-
 
 @dataclass(frozen=True)
 class StageIO:
@@ -59,6 +56,8 @@ class StageIO:
     plan: DispatchPlan | None = None
     rows_AD: Tensor | None = None
     """Rows at their experts: inputs before the stage *experts*, outputs after it."""
+    rows_codes: Quantised | None = None
+    """The inputs as they travelled, when they did so in FP8."""
     weights_A: Tensor | None = None
     shared_TD: Tensor | None = None
     combined_TD: Tensor | None = None
@@ -68,7 +67,7 @@ class StageIO:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def having(self, **changes: Tensor | DispatchPlan | None) -> StageIO:
+    def having(self, **changes: Tensor | Quantised | DispatchPlan | None) -> StageIO:
         """A copy with other values in some fields; a tenth of the time of ``dataclasses.replace``, which decoding,
         with a few of them a layer, would feel."""
         copy = object.__new__(StageIO)
@@ -84,24 +83,16 @@ Gradients = dict[str, Tensor]
 """Gradients of a :class:`StageIO`, by field name."""
 
 
-@dataclass(frozen=True)
-class _Then(Generic[Source, Target]):
-    """A handle whose result is made from another's."""
-
-    handle: Handle[Source]
-    function: Callable[[Source], Target]
-
-    def wait(self) -> Target:
-        return self.function(self.handle.wait())
-
-
 def _dispatch(io: StageIO, step: Step) -> StageIO:
     """Dispatch under autograd."""
     if io.plan is None:
         return io
     assert io.u_TD is not None and io.weights_TK is not None
-    rows_AD, weights_A = dispatch(io.u_TD, io.weights_TK, io.plan, step.dispatcher)
-    return io.having(weights_TK=None, rows_AD=rows_AD, weights_A=weights_A)
+    return _arrived(io, dispatch(io.u_TD, io.weights_TK, io.plan, step.dispatcher, step.wire))
+
+
+def _arrived(io: StageIO, rows: Rows) -> StageIO:
+    return io.having(weights_TK=None, rows_AD=rows.values_AD, weights_A=rows.weights_A, rows_codes=rows.codes)
 
 
 def _combine(io: StageIO, step: Step) -> StageIO:
@@ -109,7 +100,7 @@ def _combine(io: StageIO, step: Step) -> StageIO:
     if io.plan is None:
         return io
     assert io.rows_AD is not None
-    return io.having(plan=None, rows_AD=None, combined_TD=combine(io.rows_AD, io.plan, step.dispatcher))
+    return io.having(plan=None, rows_AD=None, combined_TD=combine(io.rows_AD, io.plan, step.dispatcher, step.wire))
 
 
 def run_stage(name: StageName, block: Block, io: StageIO, step: Step) -> StageIO:
@@ -182,11 +173,11 @@ class StageRun:
         dispatcher, plan = self._step.dispatcher, io.plan
         if self.name == "dispatch":
             assert io.u_TD is not None and io.weights_TK is not None
-            handle = dispatcher.start_dispatch(io.u_TD.detach(), io.weights_TK.detach(), plan)
-            return _Then(handle, lambda sent: io.having(weights_TK=None, rows_AD=sent[0], weights_A=sent[1]))
+            handle = start_dispatch(dispatcher, io.u_TD.detach(), io.weights_TK.detach(), plan, self._step.wire)
+            return Then(handle, lambda rows: _arrived(io, rows))
         assert io.rows_AD is not None
         handle = dispatcher.start_combine(io.rows_AD.detach(), None, plan)
-        return _Then(handle, lambda sent: io.having(plan=None, rows_AD=None, combined_TD=sent[0]))
+        return Then(handle, lambda sent: io.having(plan=None, rows_AD=None, combined_TD=sent[0]))
 
     def start_backward(self, gradients: Gradients) -> Handle[Gradients]:
         """Begin the communication of its backward: combine for dispatch, dispatch for combine."""
@@ -197,9 +188,10 @@ class StageRun:
         rest = dict(gradients)
         if self.name == "dispatch":
             handle = self._step.dispatcher.start_combine(rest.pop("rows_AD"), rest.pop("weights_A"), plan)
-            return _Then(handle, lambda sent: _join_dispatch(rest, sent))
-        handle = self._step.dispatcher.start_dispatch(rest.pop("combined_TD"), None, plan)
-        return _Then(handle, lambda sent: {**rest, "rows_AD": sent[0]})
+            return Then(handle, lambda sent: _join_dispatch(rest, sent))
+        dispatcher, wire = self._step.dispatcher, self._step.wire
+        handle = start_dispatch(dispatcher, rest.pop("combined_TD"), None, plan, wire)
+        return Then(handle, lambda rows: {**rest, "rows_AD": rows.values_AD})
 
 
 def _join_dispatch(rest: Gradients, sent: tuple[Tensor, Tensor | None]) -> Gradients:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from abyssal.model.recompute import Forgotten
 from abyssal.precision.linear import WeightQueue
+from abyssal.spec.tile_format import TileFormat
 
 if TYPE_CHECKING:
     from abyssal.model.context import AttentionContext
@@ -34,6 +35,8 @@ class Step:
     context: AttentionContext
     dispatcher: Dispatcher
     rotation: Rotation
+    wire: TileFormat | None = None
+    """What tokens on their way to experts are quantised to, and their gradients on the way back; None: not at all."""
     queue: WeightQueue | None = None
     """Where weight gradients are put off to; None computes them in the backward."""
     balance: BalanceLoss | None = None

@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         self.head = (
             None
             if spec.tie_embeddings
-            else Linear(spec.hidden_size, spec.vocab_size, recipe.head, device=device, dtype=dtype)
+            else Linear(spec.hidden_size, spec.vocab_size, recipe.product("head"), device=device, dtype=dtype)
         )
         self.mtp = nn.ModuleList(
             MTPModule(spec, depth, recipe, placements.get(spec.num_layers + depth), device, dtype)
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
             with torch.inference_mode(False):
                 self._frequencies = rope_frequencies(self.spec, context.positions_T.device)
         turns = rotation(self.spec, context.positions_T, self.embed.weight.dtype, self._frequencies)
-        return Step(context, dispatcher, turns, **fields)
+        return Step(context, dispatcher, turns, wire=self.recipe.dispatch, **fields)
 
     def embedded(self, tokens_T: Tensor) -> Tensor:
         """(T, D) in the recipe's activation dtype."""
@@ -173,7 +173,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden_TD: Tensor) -> Tensor:
         """(T, V) in the activation dtype."""
-        return linear(hidden_TD, self.head_weight, self.recipe.head)
+        return linear(hidden_TD, self.head_weight, self.recipe.product("head"))
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Logits (B, S, V) of sequences of one length, without cache.

@@ -26,10 +26,11 @@ from abyssal.kernels.fp8_tiles import Quantised, quantise_with_values, round_tri
 from abyssal.kernels.gemm import try_native
 from abyssal.kernels.grouped_gemm import grouped_gemm, grouped_gemm_input, grouped_gemm_weight
 from abyssal.kernels.matmul import matmul
-from abyssal.precision.operand import Operand, product_dtype
+from abyssal.precision.operand import Operand, Remade, product_dtype
 from abyssal.precision.recipe import ProductFormats
 from abyssal.spec.tile_format import TileFormat
 
+_EMPTY = torch.empty(0)
 FinishWeight = Callable[[Any, Callable[[], Tensor]], Tensor | None]
 
 
@@ -58,8 +59,10 @@ class Fp8Linear(torch.autograd.Function):
         finish_weight: FinishWeight,
     ) -> Tensor:
         codes, values = quantised_weight(weight, formats, parts, product_dtype(handle_TI, formats))
-        ctx.save_for_backward(x.kept.codes, x.kept.scales, codes.codes, codes.scales)
-        ctx.kept_columns, ctx.kept_form, ctx.dtype = x.kept.columns, x.kept.form, handle_TI.dtype
+        kept = () if not isinstance(x.kept, Quantised) else (x.kept.codes, x.kept.scales)
+        ctx.save_for_backward(codes.codes, codes.scales, *kept)
+        ctx.kept = replace(x.kept, codes=_EMPTY, scales=_EMPTY) if isinstance(x.kept, Quantised) else x.kept
+        ctx.dtype = handle_TI.dtype
         ctx.weight, ctx.queue, ctx.finish_weight = weight, queue, finish_weight
         ctx.formats, ctx.parts, ctx.counts = formats, parts, counts
         return fprop(x, codes, values, formats, counts).to(handle_TI.dtype)
@@ -68,14 +71,14 @@ class Fp8Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TO,) = gradients
         formats, counts, weight = ctx.formats, ctx.counts, ctx.weight
-        kept_codes, kept_scales, codes, scales = ctx.saved_tensors
+        codes, scales, *kept = ctx.saved_tensors
         dx_TI, dw = None, None
         if ctx.needs_input_grad[0]:
             quantised = Quantised(codes, scales, formats.weight, codes.shape[-1])
             dx_TI = dgrad(dy_TO, quantised, weight.shape, formats, counts).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            kept = Quantised(kept_codes, kept_scales, ctx.kept_form, ctx.kept_columns)
-            dw = ctx.finish_weight(ctx, lambda: wgrad(dy_TO, kept, formats, counts).to(weight.dtype))
+            x = replace(ctx.kept, codes=kept[0], scales=kept[1]) if kept else ctx.kept
+            dw = ctx.finish_weight(ctx, lambda: wgrad(dy_TO, x, formats, counts).to(weight.dtype))
         return dx_TI, dw, None, None, None, None, None, None
 
 
@@ -102,10 +105,11 @@ def dgrad(
     return matmul(dy, weight) if counts is None else grouped_gemm_input(dy, weight, counts)
 
 
-def wgrad(dy_TO: Tensor, kept: Quantised, formats: ProductFormats, counts: Sequence[int] | None) -> Tensor:
+def wgrad(dy_TO: Tensor, kept: Quantised | Remade, formats: ProductFormats, counts: Sequence[int] | None) -> Tensor:
     """dW, (O, I) or (E, O, I), in FP32."""
+    form, groups = formats.turned_input, _tiled(counts, formats.turned_input)
+    x = turn_values(kept, form, torch.float32, groups) if isinstance(kept, Quantised) else kept(form, groups)
     dy = round_trip(dy_TO, formats.turned_gradient, torch.float32, _tiled(counts, formats.turned_gradient))
-    x = turn_values(kept, formats.turned_input, torch.float32, _tiled(counts, formats.turned_input))
     return matmul(dy.t(), x) if counts is None else grouped_gemm_weight(dy, x, counts, torch.float32)
 
 

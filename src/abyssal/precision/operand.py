@@ -12,6 +12,7 @@ Legend: T tokens or rows, I input features.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,19 +23,22 @@ from abyssal.kernels.matmul import multiplies_bf16
 from abyssal.precision.recipe import LinearEntry, ProductFormats
 from abyssal.spec.tile_format import TileFormat
 
+Remade = Callable[[TileFormat, Sequence[int] | None], Tensor]
+"""Makes an activation again from what others keep: its FP32 values in tiles over the rows of each group."""
+
 
 @dataclass(frozen=True)
 class Operand:
     """A quantised activation (T, I)."""
 
     handle: Tensor
-    """Carries the gradient, and the activation's dtype and shape; whether it holds values, who made it knows."""
+    """The activation, for its gradient and for products that are not in FP8."""
     codes: Quantised
     """As Fprop reads it."""
     values: Tensor
     """Of the codes."""
-    kept: Quantised
-    """What the backward keeps, in place of the activation; often the codes."""
+    kept: Quantised | Remade
+    """What the backward keeps, in place of the activation: codes, often those of Fprop, or a way to make it again."""
 
     def __len__(self) -> int:
         return len(self.handle)
@@ -80,6 +84,14 @@ def product_dtype(x_TI: Tensor, formats: ProductFormats) -> torch.dtype:
     return values_dtype(x_TI.dtype, formats.input, formats.weight, formats.gradient)
 
 
+def kept_source(x_TI: Activation) -> Callable[[], Activation]:
+    """What gives ``x_TI`` again without keeping alive more of it than the backward keeps."""
+    if not isinstance(x_TI, Operand) or not isinstance(x_TI.kept, Quantised):
+        return lambda: x_TI
+    kept, dtype, values = x_TI.kept, x_TI.handle.dtype, x_TI.values.dtype
+    return lambda: Operand(kept.values(dtype), kept, kept.values(values), kept)
+
+
 def plain(x_TI: Activation) -> Tensor:
-    """The activation as it was before it was quantised."""
+    """The activation in its own dtype."""
     return x_TI.handle if isinstance(x_TI, Operand) else x_TI

@@ -38,6 +38,9 @@ Accumulation = Literal["float32", "promoted", "tensor_core"]
 moved to FP32 every 128 products (``promoted``) [V3 section 3.3.2]."""
 
 
+_ROWS, _COLUMNS, _BLOCKS = TileFormat(tile="1x128"), TileFormat(tile="128x1"), TileFormat(tile="128x128")
+
+
 @dataclass(frozen=True)
 class ProductFormats:
     """Operands of the three products of a Linear: Fprop y = x Wᵀ, Dgrad dx = dy W, Wgrad dW = dyᵀ x.
@@ -46,17 +49,17 @@ class ProductFormats:
         ValueError: a format that no such product can have, by field.
     """
 
-    input: TileFormat = TileFormat(tile="1x128")
+    input: TileFormat = _ROWS
     """x in Fprop."""
-    weight: TileFormat = TileFormat(tile="128x128")
+    weight: TileFormat = _BLOCKS
     """W in Fprop and Dgrad."""
-    gradient: TileFormat = TileFormat(tile="1x128")
+    gradient: TileFormat = _ROWS
     """dy in Dgrad."""
-    turned_input: TileFormat = TileFormat(tile="128x1")
+    turned_input: TileFormat = _COLUMNS
     """x in Wgrad, made from what was kept."""
-    turned_gradient: TileFormat = TileFormat(tile="128x1")
+    turned_gradient: TileFormat = _COLUMNS
     """dy in Wgrad."""
-    kept: TileFormat = TileFormat(tile="1x128")
+    kept: TileFormat = _ROWS
     """What the backward keeps of x."""
     accumulation: Accumulation = "float32"
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from abyssal.precision.recipe import Recomputed
+from abyssal.precision.recipe import Fp8Options, Recomputed
 from abyssal.spec.model import ModelSpec
 from abyssal.train.plan import RunPlan, plan_run
 from abyssal.train.schedules import (
@@ -179,6 +179,11 @@ class TrainConfig:
     """Dtype of activations and of the matrix products; parameters and optimizer are FP32 either way (FP64 with
     float64, for checks). None takes bfloat16 from a hidden size of 512 on, and float32 below, where casting costs more
     than products gain."""
+    precision: Literal["compute", "fp8"] = "compute"
+    """Operands of the Linears' products: in the dtype of compute, or quantised as DeepSeek-V3's recipe has it [V3
+    section 3.3]. On a CPU fp8 is emulated: the same bytes as anywhere, and slower than bfloat16."""
+    fp8: Fp8Options = field(default_factory=Fp8Options)
+    """What fp8 does otherwise than the paper."""
     mtp_weight: float = 0.3
     """λ of the multi-token-prediction loss."""
     mtp_schedule: str = "constant"
@@ -204,6 +209,14 @@ class TrainConfig:
         _check_range(self, 1, math.inf, *(name for name in ("steps", "tokens") if getattr(self, name) is not None))
         _check_range(self, 0, math.inf, "mtp_weight")
         _check_range(self, 0, (1 << 63) - 1, "seed")
+        if self.precision not in ("compute", "fp8"):
+            raise ValueError(f"precision is {self.precision!r}; give compute or fp8")
+        if self.precision == "fp8" and self.compute == "float64":
+            raise ValueError("precision is fp8 and compute float64: quantised products are FP32; leave compute out")
+        if self.precision != "fp8" and self.fp8 != Fp8Options():
+            raise ValueError(
+                f"fp8 has options, but precision is {self.precision}; give precision fp8 (--precision fp8)"
+            )
         if self.ema_decay is not None:
             _check_range(self, 0, 1, "ema_decay")
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
@@ -223,7 +236,8 @@ class TrainConfig:
     def resolved(self, spec: ModelSpec) -> TrainConfig:
         """Everything that was left open, decided: ``compute`` by the model's size, and ``steps``."""
         steps = DEFAULT_STEPS if self.steps is None and self.tokens is None else self.steps
-        return replace(self, compute=self.compute or default_compute(spec.hidden_size), steps=steps)
+        compute = "bfloat16" if self.precision == "fp8" else default_compute(spec.hidden_size)
+        return replace(self, compute=self.compute or compute, steps=steps)
 
     def plan(self) -> RunPlan:
         """Every step of the run."""

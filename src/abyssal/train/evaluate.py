@@ -129,7 +129,9 @@ def evaluate(model: Transformer, batches: Iterable[Batch], token_bytes: np.ndarr
         hidden = hidden_states(model, torch.from_numpy(batch.tokens_BX).to(device), step)
         best_BS: list[Tensor] = []
         for depth, (hidden_TD, aim) in enumerate(zip(hidden, aims, strict=True)):
-            losses_T, best_T = token_losses(hidden_TD, model.head_weight, aim.tokens_T.to(device), model.recipe.head)
+            losses_T, best_T = token_losses(
+                hidden_TD, model.head_weight, aim.tokens_T.to(device), model.recipe.product("head")
+            )
             learned_T = slice(None) if aim.learned_T is None else aim.learned_T
             sums.nats[depth] += float(losses_T.cpu()[learned_T].sum(dtype=torch.float64))
             sums.tokens[depth] += aim.num_learned

@@ -16,11 +16,11 @@ import torch
 
 from abyssal.data.batch import Batch
 from abyssal.model.transformer import Transformer
-from abyssal.precision.recipe import Recipe
+from abyssal.precision.recipe import Recipe, fp8_recipe
 from abyssal.spec.arithmetic import training_flops_per_token
 from abyssal.spec.model import ModelSpec
 from abyssal.train.checkpoints import Checkpoints, saved_checkpoints
-from abyssal.train.config import TrainConfig, default_compute
+from abyssal.train.config import TrainConfig
 from abyssal.train.data import TrainingData
 from abyssal.train.evaluate import Evaluation, evaluate
 from abyssal.train.fault import TrainingFault, describe_bad_validation
@@ -50,8 +50,11 @@ class TrainResult:
 
 def training_recipe(spec: ModelSpec, config: TrainConfig) -> Recipe:
     """What is computed in which format, and what is computed twice."""
-    compute = config.compute or default_compute(spec.hidden_size)
-    activations = "parameter" if compute == "float64" else compute
+    config = config.resolved(spec)
+    if config.precision == "fp8":
+        assert config.compute == "bfloat16" or config.compute == "float32"
+        return fp8_recipe(config.fp8, config.compute, config.recompute)
+    activations = "parameter" if config.compute in (None, "float64") else config.compute
     return Recipe(activations=activations, recompute=frozenset(config.recompute))
 
 

@@ -144,4 +144,4 @@ def _summed_loss(model: Transformer, hidden_TD: Tensor, aim: Targets, device: to
     if aim.learned_T is not None:
         learned_T = aim.learned_T.to(device)
         hidden_TD, tokens_T = hidden_TD[learned_T], tokens_T[learned_T]
-    return linear_cross_entropy(hidden_TD, model.head_weight, tokens_T, model.recipe.head)
+    return linear_cross_entropy(hidden_TD, model.head_weight, tokens_T, model.recipe.product("head"))

@@ -57,7 +57,7 @@ def objective(model: Transformer, tokens_BX: Tensor, queue: WeightQueue | None =
     length = tokens_BX.shape[1] - 2
     step = model.step(PackedBatch([length] * len(tokens_BX)), queue=queue)
     hidden_TD = model.hidden(tokens_BX[:, :length].flatten(), step)
-    entry, targets_T = model.recipe.head, tokens_BX[:, 1 : length + 1].flatten()
+    entry, targets_T = model.recipe.product("head"), tokens_BX[:, 1 : length + 1].flatten()
     loss = linear_cross_entropy(hidden_TD, model.head_weight, targets_T, entry) / len(targets_T)
     if len(model.mtp):
         hidden_TD = model.mtp_hidden(0, targets_T, hidden_TD, step)

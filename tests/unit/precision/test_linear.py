@@ -67,11 +67,11 @@ def test_queue_adds_to_a_gradient_that_is_there() -> None:
 def test_operands_follow_the_recipe() -> None:
     x = torch.randn(3, 8, dtype=torch.bfloat16)
     weight = torch.randn(4, 8, requires_grad=True)
-    assert linear(x, weight, Recipe().projection).dtype == torch.bfloat16
-    logits = linear(x, weight, Recipe().gate)
+    assert linear(x, weight, Recipe().product("out")).dtype == torch.bfloat16
+    logits = linear(x, weight, Recipe().product("gate"))
     assert logits.dtype == torch.float32 and torch.allclose(logits, x.float() @ weight.t(), rtol=1e-6)
-    assert linear(x.double(), weight.double(), Recipe().gate).dtype == torch.float64
-    linear(x, weight, Recipe().projection).sum().backward()
+    assert linear(x.double(), weight.double(), Recipe().product("gate")).dtype == torch.float64
+    linear(x, weight, Recipe().product("out")).sum().backward()
     assert weight.grad is not None and weight.grad.dtype == torch.float32
 
 
