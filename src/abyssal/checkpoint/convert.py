@@ -7,8 +7,8 @@ and becomes DST when all of it is there:
     DST.partial/journal     what is being done, and how far it is safely on disk
     DST.partial/model/      the folder in the making
 
-FP8 to FP8 copies codes and scales as they are.  BF16 to FP8 quantises 128 x 128 blocks; rows are cut at multiples of
-128, so the bytes are those of quantising whole matrices.
+FP8 to FP8 copies codes and scales as they are, and keeps out of FP8 what the source's configuration does.  BF16 to FP8
+quantises 128 x 128 blocks; rows are cut at multiples of 128, so the bytes are those of quantising whole matrices.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from abyssal.checkpoint.layout import (
 )
 from abyssal.checkpoint.names import is_derived, scale_name
 from abyssal.checkpoint.safetensors_file import TORCH_DTYPES, SafetensorsWriter, sync_folder, temporary_name
+from abyssal.checkpoint.weight_formats import left_out_modules, module_name
 from abyssal.spec.hf_config import CONFIG_NAME
 from abyssal.spec.hf_quantization import BlockQuantization, read_quantization, write_quantization
 
@@ -118,11 +119,13 @@ def _plan(folder: CheckpointFolder, form: Format, include_mtp: bool) -> tuple[li
     """What to write for each tensor of the folder, and the new ``config.json``."""
     spec, pieces = match(folder, None if include_mtp else False)
     tensors: list[StoredTensor] = []
+    left_out = left_out_modules(folder.config) if form == "fp8" else frozenset()
     for piece in pieces:
         entry = folder.entry(piece.hf_name)
         as_it_is = form == "fp8" and entry.dtype == FP8
         scales = folder.entry(scale_name(piece.hf_name)) if as_it_is else None
-        tensors.append(StoredTensor(entry, scales) if as_it_is else store(piece, form))
+        plain = store(piece, "bf16" if module_name(piece.hf_name) in left_out else form)
+        tensors.append(StoredTensor(entry, scales) if as_it_is else plain)
     tensors += [StoredTensor(folder.entry(name)) for name in folder.names if is_derived(name)]
     config = dict(folder.config)
     plain = "float32" if form == "fp32" else "bfloat16"

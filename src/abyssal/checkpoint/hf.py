@@ -34,6 +34,7 @@ from abyssal.checkpoint.layout import (
 )
 from abyssal.checkpoint.names import Piece, check_complete, checkpoint_table
 from abyssal.checkpoint.safetensors_file import SafetensorsWriter, sync_folder
+from abyssal.checkpoint.weight_formats import WeightFormats
 from abyssal.model.experts import Experts
 from abyssal.model.lora import lora_parameters
 from abyssal.model.transformer import Transformer
@@ -109,6 +110,9 @@ def save_model(
 
     The folder appears whole or not at all: it is written beside its place and renamed.
 
+    "fp8" of a model whose recipe is FP8 writes the codes and scales that its products multiply by, and leaves in BF16
+    the weights of products that its recipe keeps out of FP8; what is loaded is what was trained.
+
     Args:
         model: every expert of every layer in at least one slot.
         folder: must not exist, unless ``overwrite``.
@@ -119,8 +123,8 @@ def save_model(
         overwrite: replace an existing folder, whose old contents are removed last.
 
     Raises:
-        ValueError: an argument, adapters that are not merged, or a weight that is infinite or NaN and cannot be FP8, by
-            name.
+        ValueError: an argument, adapters that are not merged, a recipe whose scales no FP8 checkpoint holds, or a
+            weight that is infinite or NaN and cannot be FP8, by name.
     """
     folder, form = Path(os.path.abspath(folder)), check_format(dtype, max_shard_bytes)
     if folder.exists() and not (overwrite and folder.is_dir()):
@@ -132,14 +136,16 @@ def save_model(
     slots = _slots(model, tensors)
     _check_table(model, tensors, slots)
     written = {piece.hf_name: piece for piece in table if not piece.optional}
-    shards = plan_shards([store(piece, form) for piece in written.values()], max_shard_bytes)
+    weights = WeightFormats.of(model, written.values()) if form == "fp8" else None
+    stored = [store(piece, form if weights is None else weights.form(piece)) for piece in written.values()]
+    shards = plan_shards(stored, max_shard_bytes)
 
     def rows_of(stored: StoredTensor, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         region, *replicas = _regions(written[stored.name], tensors, slots)
         rows = region[start:stop]
         for replica in replicas:
             assert torch.equal(rows, replica[start:stop]), f"slots of one expert differ: {stored.name}"
-        return encode_rows(stored, rows.cpu())
+        return encode_rows(stored, rows.cpu(), weights is not None and weights.power_of_two)
 
     with _whole_folder(folder) as partial:
         for shard in shards:
@@ -149,7 +155,9 @@ def save_model(
                         pass
         write_index(partial, shards)
         plain = "float32" if form == "fp32" else "bfloat16"
-        config = write_config(model.spec, plain, "fp8" if form == "fp8" else None, include_mtp)
+        config = write_config(model.spec, plain, None if weights is None else weights.quantization(), include_mtp)
+        if weights is not None:
+            weights.complete(config)
         write_json(partial / CONFIG_NAME, config)
         if tokenizer is not None:
             tokenizer.save(partial)

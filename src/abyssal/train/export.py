@@ -19,6 +19,7 @@ from abyssal.checkpoint.hf import save_model
 from abyssal.checkpoint.layout import MAX_SHARD_BYTES, Format
 from abyssal.model.lora import LoraConfig, add_lora, merge_lora
 from abyssal.model.transformer import Transformer
+from abyssal.precision.recipe import Fp8Options, fp8_recipe
 from abyssal.spec.model import GroupedQueryAttentionSpec, LatentAttentionSpec, ModelSpec, MoESpec, YarnSpec
 from abyssal.text.tokenizer import Tokenizer
 from abyssal.train.checkpoints import SavedCheckpoint, saved_checkpoints
@@ -100,9 +101,11 @@ def _checkpoint(folder: RunFolder, step: int | None) -> SavedCheckpoint:
 
 def _empty_model(record: dict[str, Any]) -> Transformer:
     """The run's model on the host, its memory not yet filled."""
-    spec = _spec(record["model"])
-    dtype = torch.float64 if record["config"]["compute"] == "float64" else torch.float32
-    model = Transformer(spec, device="meta", dtype=dtype)
+    spec, config = _spec(record["model"]), record["config"]
+    dtype = torch.float64 if config["compute"] == "float64" else torch.float32
+    is_fp8 = config.get("precision") == "fp8"  # older runs have no such field
+    recipe = fp8_recipe(msgspec.convert(config["fp8"], Fp8Options)) if is_fp8 else None
+    model = Transformer(spec, recipe, device="meta", dtype=dtype)
     lora = record["origin"].get("lora")
     model = model.to_empty(device="cpu")
     if lora:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from abyssal.checkpoint.hf import load_model
+from abyssal.checkpoint.names import checkpoint_table
 from abyssal.cli.main import main
 from abyssal.data.shards import PreparedData
+from abyssal.precision.fp8_linear import quantised_weight
+from abyssal.precision.recipe import Fp8Options, fp8_recipe
 from abyssal.text.tokenizer import Tokenizer
 from abyssal.train.export import export_checkpoint
 from abyssal.train.folder import RunFolder
@@ -54,6 +58,29 @@ def test_a_run_that_died_is_exported(prepared: PreparedData, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="kept no average of its parameters; leave out --average"):
         export_checkpoint(folder.path, tmp_path / "other", "fp32", average=True)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("scales", ["ue8m0", "float32"])
+def test_a_run_in_fp8_is_exported_as_its_products_read_it(
+    scales: Literal["ue8m0", "float32"], prepared: PreparedData, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(SAVING, ema_decay=None, precision="fp8", fp8=Fp8Options(scales=scales))
+    folder = RunFolder(tmp_path / "run")
+    run_training(folder, run_of(prepared, SPEC, config))
+    assert main(["convert", str(folder.path), str(tmp_path / "fp8"), "--dtype", "fp8"]) == 0
+    master = load_model(folder.model).state_dict()
+    found = load_model(tmp_path / "fp8", torch.float32).state_dict()
+    formats = fp8_recipe(config.fp8).fp8
+    assert formats is not None
+    seen = 0
+    for piece in checkpoint_table(SPEC):
+        if piece.storage == "block":
+            parts = 2 if "gate_up" in piece.parameter else 1
+            _, values = quantised_weight(master[piece.parameter], formats, parts, torch.float32)
+            assert torch.equal(found[piece.parameter], values), piece.parameter
+            seen += 1
+    written = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]
+    assert seen > 10 and (written.get("scale_fmt") == "ue8m0") == (scales == "ue8m0")
 
 
 def test_what_is_no_run_or_no_checkpoint_is_named(
