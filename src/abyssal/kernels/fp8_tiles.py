@@ -2,13 +2,17 @@
 
 The functions here define what the bytes are on every machine; the formats are those of
 :mod:`~abyssal.spec.tile_format`.  A scale is amax / largest code, at least 2^-126, in FP32, then rounded up to a power
-of two for UE8M0; 1 for a tile of zeros.  A code is value / scale, clamped to the finite codes and rounded to nearest,
-ties to even.  A tile with an infinity or a NaN has a NaN as its scale and one NaN code throughout, so that it comes
-back as NaN and spoils what it is multiplied into, where the trainer's guard sees it.
+of two for UE8M0; 1 for a tile of zeros.  A code is value / scale in FP32, clamped to the finite codes and rounded to
+nearest, ties to even.  A tile with an infinity or a NaN has a NaN as its scale and one NaN code throughout, so that it
+comes back as NaN and spoils what it is multiplied into, where the trainer's guard sees it.
 
-Error bound.  For finite x in a tile of scale s, m mantissa bits and smallest normal code 2^e:
-|dequantised - x| <= max(2^-(m+1) |x|, 2^(e-m-1) s) (1 + 2^-18); and a cast to BF16 adds 2^-8 relative where the scale
-is no power of two, nothing where it is (E4M3 and E5M2; E5M6 has seven significant bits, which BF16 keeps too).
+The definition is :mod:`~abyssal.kernels.fp8_tiles_reference`, in PyTorch; where the C++ of
+:mod:`~abyssal.kernels.fp8_tiles_native` applies it runs instead, in one pass over memory, with the same bytes.
+
+Error bound.  For |x| up to 2^127 in a tile of scale s, m mantissa bits and smallest normal code 2^e:
+|dequantised - x| <= max(2^-(m+1) |x|, 2^(e-m-1) s) (1 + 2^-16) + 2^-149.  A cast to BF16 adds 2^-8 relative where the
+scale is no power of two, nothing where it is (2^-113 at least): seven significant bits are the most that a code has.
+Above 2^127 a value may round to infinity.
 
 Legend: T rows, I columns, ``_Ti`` scales by row and tile of columns, ``_tI`` by tile of rows and column.
 """
