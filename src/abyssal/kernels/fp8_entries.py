@@ -6,7 +6,7 @@ and rounded once to the dtype that is asked for.  Each entry is converted by its
 written to that entry and on nothing else.
 
 Error bound.  For a value x in a tile of scale s: |read - x| <= max(2^-4 |x|, 2^-10 (1 + 2^-18) s), as in
-:mod:`~abyssal.kernels.fp8_block`; a plain value's is 2^-8 |x|, and reading as BF16 adds 2^-8 relative to codes.  A tile
+:mod:`~abyssal.kernels.fp8_tiles`; a plain value's is 2^-8 |x|, and reading as BF16 adds 2^-8 relative to codes.  A tile
 with an infinity or a NaN is read as NaN throughout.  The native form has the bits of the reference.
 
 Powers of two as scales would make the product exact, and cost a bit of range; their error on real entries is the same.
@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from abyssal.kernels.fp8_block import E4M3_MAX, SMALLEST_SCALE
+from abyssal.kernels.fp8_tiles_reference import SMALLEST_SCALE
 from abyssal.kernels.native import DTYPE_CODES, OK, native_library, openmp_fork
 from abyssal.spec.fp8_entry import TILE, Fp8Entry
+from abyssal.spec.tile_format import CODES
 
+_E4M3_MAX = CODES["e4m3"].largest
 _NAN_CODE = 0x7F
 _pack = struct.Struct("=15q").pack  # the record `Arguments` of csrc/fp8_pages.cpp
 
@@ -35,10 +37,10 @@ def quantise_entries(values_TX: Tensor, entry: Fp8Entry) -> Tensor:
     codes_TX, plain_TX = values_TX.float().split([entry.num_codes, entry.plain_values], 1)
     tiles_TrtX = _tiles(codes_TX, entry)
     amax_Trt = tiles_TrtX.abs().amax(-1)
-    scales_Trt = (amax_Trt / E4M3_MAX).clamp(min=SMALLEST_SCALE)
+    scales_Trt = (amax_Trt / _E4M3_MAX).clamp(min=SMALLEST_SCALE)
     scales_Trt = torch.where(amax_Trt == 0, 1.0, scales_Trt)
     scales_Trt = torch.where(amax_Trt.isfinite(), scales_Trt, torch.nan)
-    scaled_TrtX = (tiles_TrtX / scales_Trt[..., None]).clamp(-E4M3_MAX, E4M3_MAX)
+    scaled_TrtX = (tiles_TrtX / scales_Trt[..., None]).clamp(-_E4M3_MAX, _E4M3_MAX)
     bytes_TrtX = scaled_TrtX.to(torch.float8_e4m3fn).view(torch.uint8)
     bytes_TrtX = torch.where(scales_Trt[..., None].isnan(), _NAN_CODE, bytes_TrtX)
     rows_TY = values_TX.new_zeros(len(values_TX), entry.num_bytes, dtype=torch.uint8)
