@@ -12,6 +12,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 VERBS: dict[str, str] = {
+    "doctor": "what this machine has, and which implementation each operator uses",
     "info": "size, cost and memory of a model, from its name or its folder",
     "convert": "rewrite a model folder in BF16, FP8 or FP32",
     "prepare": "turn text into tokens that runs train on",
