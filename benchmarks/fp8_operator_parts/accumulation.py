@@ -9,6 +9,7 @@ grow: each error is relative to its own output.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,10 @@ def measure(size: int, lengths: tuple[int, ...], seed: int = 0) -> list[dict[str
             exact = gemm(a, b, torch.float64, "float64")
             unit = exact if kind == "uniform" else exact.square().mean().sqrt()
             for summation in SUMMATIONS:
-                error = (gemm(a, b, torch.float32, summation).double() - exact) / unit
+                begin = time.perf_counter()
+                found = gemm(a, b, torch.float32, summation)
+                seconds = time.perf_counter() - begin
+                error = (found.double() - exact) / unit
                 records.append(
                     {
                         "matrices": kind,
@@ -43,6 +47,7 @@ def measure(size: int, lengths: tuple[int, ...], seed: int = 0) -> list[dict[str
                         "largest": float(error.abs().max()),
                         "root_mean_square": float(error.square().mean().sqrt()),
                         "mean": float(error.mean()),
+                        "seconds": seconds,
                     }
                 )
     return records
@@ -58,3 +63,10 @@ def tell(records: list[dict[str, Any]]) -> None:
             row = [record for record in records if (record["matrices"], record["summation"]) == (kind, summation)]
             cells = [f"{each['largest']:.1e} ({each['root_mean_square']:.1e})" for each in row]
             print(f"{kind + ', ' + summation:<24}" + "".join(f"{cell:>20}" for cell in cells))
+    longest = [record for record in records if record["length"] == lengths[-1]]
+    seconds = {name: min(each["seconds"] for each in longest if each["summation"] == name) for name in SUMMATIONS}
+    print(
+        f"K = {lengths[-1]}: "
+        + ", ".join(f"{name} {taken * 1000:.0f} ms" for name, taken in seconds.items())
+        + f"; emulation {seconds['promoted'] / seconds['float32']:.0f} times as long as a product in FP32"
+    )
