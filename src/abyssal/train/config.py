@@ -24,6 +24,7 @@ from abyssal.train.schedules import (
 
 Compute = Literal["float32", "bfloat16", "float64"]
 Moments = Literal["float32", "bfloat16"]
+ModelFormat = Literal["fp32", "bf16", "fp8"]
 
 BFLOAT16_WIDTH = 512
 """Hidden size from which BF16 compute is the default.  Measured on two AVX-512 cores with BF16 dot products: ``small``
@@ -184,6 +185,9 @@ class TrainConfig:
     section 3.3]. On a CPU fp8 is emulated: the same bytes as anywhere, and slower than bfloat16."""
     fp8: Fp8Options = field(default_factory=Fp8Options)
     """What fp8 does otherwise than the paper."""
+    model_format: ModelFormat = "fp32"
+    """What the trained model is saved in; fp8 of a run in fp8 holds the very codes that it multiplied by. Checkpoints
+    hold FP32 always."""
     mtp_weight: float = 0.3
     """λ of the multi-token-prediction loss."""
     mtp_schedule: str = "constant"
@@ -211,6 +215,8 @@ class TrainConfig:
         _check_range(self, 0, (1 << 63) - 1, "seed")
         if self.precision not in ("compute", "fp8"):
             raise ValueError(f"precision is {self.precision!r}; give compute or fp8")
+        if self.model_format not in get_args(ModelFormat):
+            raise ValueError(f"model_format is {self.model_format!r}; give {' or '.join(get_args(ModelFormat))}")
         if self.precision == "fp8" and self.compute == "float64":
             raise ValueError("precision is fp8 and compute float64: quantised products are FP32; leave compute out")
         if self.precision != "fp8" and self.fp8 != Fp8Options():

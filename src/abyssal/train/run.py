@@ -24,7 +24,7 @@ from abyssal.train.peak import matmul_peak
 from abyssal.train.progress import ProgressDisplay
 from abyssal.train.step import Trainer
 
-CHANGES_NO_NUMBER = ("validate_every", "validation_batches", "checkpoint")
+CHANGES_NO_NUMBER = ("validate_every", "validation_batches", "checkpoint", "model_format")
 """Fields of the config that a resumed run may have otherwise."""
 
 
@@ -62,7 +62,7 @@ def run_training(
     save: Callable[[TrainResult], None] | None = None,
     measure_peak: bool = True,
 ) -> TrainResult:
-    """Train, with a progress display, ``metrics.jsonl`` and checkpoints, and save the model in FP32 with its tokenizer.
+    """Train, with a progress display, ``metrics.jsonl`` and checkpoints, and save the model with its tokenizer.
 
     Args:
         folder: free (:meth:`RunFolder.check_free`) unless ``resume``.
@@ -111,11 +111,12 @@ def run_training(
 
 def save_result(folder: RunFolder, result: TrainResult, data: TrainingData) -> None:
     """RUN/model, and RUN/model-average where the run kept an average; each whole or not at all."""
-    save_model(result.model, folder.model, "fp32", data.tokenizer, overwrite=True)
+    form = result.trainer.config.model_format
+    save_model(result.model, folder.model, form, data.tokenizer, overwrite=True)
     if result.trainer.average is not None:
         result.trainer.average.wait()
         averaged = with_tensors(result.model, result.trainer.average.tensors)
-        save_model(averaged, folder.average, "fp32", data.tokenizer, overwrite=True)
+        save_model(averaged, folder.average, form, data.tokenizer, overwrite=True)
 
 
 def with_tensors(model: Transformer, tensors: Mapping[str, torch.Tensor]) -> Transformer:

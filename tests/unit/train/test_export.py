@@ -61,26 +61,27 @@ def test_a_run_that_died_is_exported(prepared: PreparedData, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("scales", ["ue8m0", "float32"])
-def test_a_run_in_fp8_is_exported_as_its_products_read_it(
+def test_a_run_in_fp8_is_saved_and_exported_as_its_products_read_it(
     scales: Literal["ue8m0", "float32"], prepared: PreparedData, tmp_path: Path
 ) -> None:
-    config = dataclasses.replace(SAVING, ema_decay=None, precision="fp8", fp8=Fp8Options(scales=scales))
+    options = Fp8Options(scales=scales)
+    config = dataclasses.replace(SAVING, ema_decay=None, precision="fp8", fp8=options, model_format="fp8")
     folder = RunFolder(tmp_path / "run")
     run_training(folder, run_of(prepared, SPEC, config))
+    export_checkpoint(folder.path, tmp_path / "master", "fp32")
     assert main(["convert", str(folder.path), str(tmp_path / "fp8"), "--dtype", "fp8"]) == 0
-    master = load_model(folder.model).state_dict()
-    found = load_model(tmp_path / "fp8", torch.float32).state_dict()
-    formats = fp8_recipe(config.fp8).fp8
+    master = load_model(tmp_path / "master").state_dict()
+    formats = fp8_recipe(options).fp8
     assert formats is not None
-    seen = 0
-    for piece in checkpoint_table(SPEC):
-        if piece.storage == "block":
+    for model in (folder.model, tmp_path / "fp8"):
+        found = load_model(model, torch.float32).state_dict()
+        pieces = [piece for piece in checkpoint_table(SPEC) if piece.storage == "block"]
+        for piece in pieces:
             parts = 2 if "gate_up" in piece.parameter else 1
             _, values = quantised_weight(master[piece.parameter], formats, parts, torch.float32)
             assert torch.equal(found[piece.parameter], values), piece.parameter
-            seen += 1
-    written = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]
-    assert seen > 10 and (written.get("scale_fmt") == "ue8m0") == (scales == "ue8m0")
+        written = json.loads((model / "config.json").read_text())["quantization_config"]
+        assert len(pieces) > 10 and (written.get("scale_fmt") == "ue8m0") == (scales == "ue8m0")
 
 
 def test_what_is_no_run_or_no_checkpoint_is_named(
