@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from abyssal.cli import chat, convert, generate, keys, prepare, report, serve, sft, train
+from abyssal.cli import chat, convert, doctor, generate, keys, prepare, report, serve, sft, train
 from abyssal.cli.arguments import parse
 from tests.support.readme import commands
 from tests.support.trained_model import TrainedModel
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("README.md", "docs/how-to.md", "docs/serving.md")
+PAGES = ("README.md", "docs/how-to.md", "docs/serving.md", "docs/fp8.md")
 SERVER = "docs/server.md"
 """Its Python needs a server, as the tests in tests/e2e/serve do."""
 OPTIONS: dict[str, type[Any]] = {
@@ -46,6 +46,8 @@ def test_options_of_a_command_exist(page: str, command: str) -> None:
         parse(OPTIONS[verb], arguments, verb)
     elif verb == "keys":
         keys._parser().parse_args(arguments)
+    elif verb == "doctor":
+        doctor._parser().parse_args(arguments)
     else:
         assert page == "README.md", f"{command}: only the README's commands are run; add the verb to OPTIONS"
 

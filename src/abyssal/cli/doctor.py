@@ -21,11 +21,7 @@ NO_GPU_KERNELS = "there are no kernels of our own for GPUs yet: PyTorch's run th
 
 def main(argv: list[str]) -> int:
     """Print tables, or with ``--json`` one JSON object alone."""
-    parser = OneLineParser(
-        prog="abyssal doctor", description="What this machine has, and which implementation each operator uses."
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    options = parser.parse_args(argv)
+    options = _parser().parse_args(argv)
     from abyssal.cli.fp8_cost import measure
     from abyssal.cli.machine import this_machine
     from abyssal.cli.operators import operators
@@ -39,6 +35,14 @@ def main(argv: list[str]) -> int:
     else:
         _print(machine, found, fp8)
     return 0
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="abyssal doctor", description="What this machine has, and which implementation each operator uses."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    return parser
 
 
 def _print(machine: Machine, found: list[Operator], fp8: dict[str, Any]) -> None:
