@@ -115,6 +115,8 @@ def grouped_gemm_input(
 ) -> Tensor:
     """dx_TI: :func:`gemm_input` of each group's rows by its weight.
 
+    ``128x128`` blocks of gradients are those of all rows, across the borders of groups.
+
     Raises:
         ValueError: operands or counts that do not fit.
     """

@@ -70,7 +70,7 @@ def possible(scale: ScaleName, summation: op.Summation) -> bool:
     return scale == "ue8m0" or summation != "tensor_core"
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**31), SIZES, SIZES, SIZES, HALVES, SCALES, DTYPES, st.sampled_from(["1x128", "128x128"]))
 def test_fprop_is_within_its_bound(seed, rows, inputs, outputs, halves, scale, dtype, tile):
     a = quantise(draw(seed, rows, inputs), form(tile, scale))
@@ -82,7 +82,7 @@ def test_fprop_is_within_its_bound(seed, rows, inputs, outputs, halves, scale, d
             assert_within(y, exact, activation(a, "a"), weight_rows(b, "b"), summation)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**31), SIZES, SIZES, SIZES, HALVES, SCALES, CODES, st.sampled_from(["1x128", "128x128"]))
 def test_dgrad_is_within_its_bound(seed, rows, inputs, outputs, halves, scale, code, tile):
     weight = quantise(draw(seed, *halves, outputs, inputs), form("128x128", scale))
@@ -98,7 +98,7 @@ def test_dgrad_is_within_its_bound(seed, rows, inputs, outputs, halves, scale, c
             assert_within(dx, exact, activation(dy, "dy"), weight_columns(weight, "weight"), summation)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**31), SIZES, SIZES, SIZES, SCALES, CODES)
 def test_wgrad_is_within_its_bound(seed, rows, inputs, outputs, scale, code):
     dy = quantise(draw(seed, rows, outputs), form("128x1", scale, code))
@@ -111,7 +111,7 @@ def test_wgrad_is_within_its_bound(seed, rows, inputs, outputs, scale, code):
             assert_within(dw, exact, turned(dy, "dy"), turned(x, "x"), summation)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(0, 2**31), COUNTS, SIZES, SIZES, HALVES, st.sampled_from(SUMMATIONS))
 def test_groups_are_as_if_alone(seed, counts, inputs, outputs, halves, summation):
     rows, groups = sum(counts), len(counts)
@@ -137,7 +137,7 @@ def test_groups_are_as_if_alone(seed, counts, inputs, outputs, halves, summation
         assert torch.equal(own_dw, op.gemm_weight(*own_turned, summation))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.integers(0, 2**31),
     st.lists(st.integers(0, 6), min_size=1, max_size=4),
