@@ -13,8 +13,8 @@ from .arms import BASE
 
 SMOOTHED = 5
 """Windows whose running mean is the thick line of a difference."""
-LARGEST_SHOWN = 4
-"""Times the goal that the axis of differences reaches; early steps may leave it."""
+LEAST_SHOWN, MOST_SHOWN = 3, 10
+"""Times the goal that the axis of differences reaches, by what the compared steps need; early ones may leave it."""
 
 
 def draw(path: Path, found: dict[str, Any]) -> None:
@@ -56,16 +56,23 @@ def _draw_differences(axes: Any, found: dict[str, Any]) -> None:
         mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
         label = f"{each['label']}: {100 * each['signed']:+.3f} % at the end"
         axes.plot(middles, smoothed(mean), color=colour, linewidth=2.2, label=label)
-    _mark_last(axes, found)
-    axes.set_ylim(-LARGEST_SHOWN * goal, LARGEST_SHOWN * goal)
+    first = _mark_last(axes, found)
+    largest = max(
+        abs(value)
+        for line in axes.get_lines()
+        for place, value in zip(line.get_xdata(), line.get_ydata(), strict=True)
+        if line.get_linestyle() == "-" and place >= first
+    )
+    limit = min(max(LEAST_SHOWN * goal, 1.5 * largest), MOST_SHOWN * goal)
+    axes.set_ylim(-limit, limit)
     axes.yaxis.set_major_formatter("{x:+.2f} %")
-    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    axes.legend(fontsize=9, loc="upper right", framealpha=0.9, edgecolor="none")
     steps = SMOOTHED * found["window"]
     _plain(axes, f"loss relative to BF16's, running mean of {steps} steps (thin: seeds)", "")
 
 
-def _mark_last(axes: Any, found: dict[str, Any]) -> None:
-    """Where the steps that are compared begin."""
+def _mark_last(axes: Any, found: dict[str, Any]) -> float:
+    """Mark where the steps that are compared begin, and tell."""
     longest = max(len(run["curve"]) for arm in found["arms"].values() for run in arm["runs"].values())
     first = longest * found["window"] - found["last_steps"]
     axes.axvline(first, color=GREY, linewidth=1, linestyle=":")
@@ -78,6 +85,7 @@ def _mark_last(axes: Any, found: dict[str, Any]) -> None:
         fontsize=9,
         color=GREY,
     )
+    return first
 
 
 def smoothed(values: list[float], count: int = SMOOTHED) -> list[float]:

@@ -49,9 +49,22 @@ class Suite:
     def runs(self) -> Runs:
         return Runs(self.out / "runs")
 
+    def run(self, arm: Arm, seed: int) -> Run:
+        """What is trained for an arm at a seed."""
+        spec = fitted(MODEL, self.data.tokenizer())
+        config = self.scale.config(arm, seed)
+        return Run(spec, config, limited_data(self.data, spec, config))
+
     def results(self, arm: Arm, seeds: Iterable[int]) -> dict[int, dict[str, Any]]:
-        """Those of the seeds that are finished."""
-        return self.runs.results(arm.name, seeds)
+        """Those of the seeds that are finished.
+
+        Raises:
+            ValueError: a folder holds another run, such as of an earlier version of this benchmark.
+        """
+        results = self.runs.results(arm.name, seeds)
+        for seed in results:
+            self.runs.check(arm.name, seed, self.run(arm, seed))
+        return results
 
     def train(self, arm: Arm, seed: int) -> bool:
         """Bring a run to its end; False if it was there.
@@ -59,10 +72,7 @@ class Suite:
         Raises:
             ValueError: the folder holds another run.
         """
-        spec = fitted(MODEL, self.data.tokenizer())
-        config = self.scale.config(arm, seed)
-        run = Run(spec, config, limited_data(self.data, spec, config))
-        return self.runs.train(arm.name, seed, run, found)
+        return self.runs.train(arm.name, seed, self.run(arm, seed), found)
 
 
 def found(result: TrainResult, folder: RunFolder) -> dict[str, Any]:

@@ -38,6 +38,14 @@ class Runs:
         """Those of the seeds that are finished."""
         return {seed: result for seed in seeds if (result := self.result(arm, seed)) is not None}
 
+    def check(self, arm: str, seed: int, run: Run) -> None:
+        """Refuse results of another run than ``run``.
+
+        Raises:
+            ValueError: naming the first difference.
+        """
+        check_same_run(self.folder(arm, seed).record, json.loads(json.dumps(run.record())))
+
     def train(self, arm: str, seed: int, run: Run, found: Finder) -> bool:
         """Bring a run to its end; False if it was there.
 
@@ -46,7 +54,7 @@ class Runs:
         """
         folder = self.folder(arm, seed)
         if self.result(arm, seed) is not None:
-            check_same_run(folder.record, json.loads(json.dumps(run.record())))
+            self.check(arm, seed, run)
             return False
 
         def save(result: TrainResult) -> None:
