@@ -150,15 +150,17 @@ class LatentAttention(nn.Module):
         attention's backward keeps it where it keeps it quantised."""
         sizes, sequences = self.sizes, group.num_sequences
         latent, rope = group.entries.split([sizes.kv_lora_rank, sizes.qk_rope_head_dim], -1)
-        latent, rope = latent.contiguous(), rope.reshape(sequences, 1, -1, sizes.qk_rope_head_dim)
-        k_BHLQ, v_BHLV = self._keys_values(latent, rope, step.queue)
+        x = operand(latent.contiguous(), self.kv_b.entry)
+        rope = rope.contiguous().view(sequences, 1, -1, sizes.qk_rope_head_dim)
+        k_BHLQ, v_BHLV = self._keys_values(x, rope, step.queue)
         q_BHSQ = self._by_head(q, sequences)
         q_BSHQ, k_BLHQ, v_BLHV = (tensor.transpose(1, 2) for tensor in (q_BHSQ, k_BHLQ, v_BHLV))
         out, kept = attention_keeping(q_BSHQ, k_BLHQ, v_BLHV, group.past, self.scale, self.kept_output)
         if self.forgets_up_projections:
-            query = step.forgotten.query(layer)
-            again = step.forgotten.shared(layer, lambda: self._keys_values(latent, rope))
-            step.forgotten.forget(layer, q_BHSQ, lambda: self._by_head(query()[group.rows], sequences))
+            query, rows = step.forgotten.query(layer), group.rows  # the group itself would keep its entries
+            source = kept_source(x)
+            again = step.forgotten.shared(layer, lambda: self._keys_values(source(), rope))
+            step.forgotten.forget(layer, q_BHSQ, lambda: self._by_head(query()[rows], sequences))
             step.forgotten.forget(layer, k_BHLQ, lambda: again()[0])
             step.forgotten.forget(layer, v_BHLV, lambda: again()[1])
         return out.reshape(len(q), -1), kept
@@ -169,7 +171,7 @@ class LatentAttention(nn.Module):
         return q_BSHQ.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
     def _keys_values(
-        self, latent: Tensor, rope_B1LR: Tensor, queue: WeightQueue | None = None
+        self, latent: Activation, rope_B1LR: Tensor, queue: WeightQueue | None = None
     ) -> tuple[Tensor, Tensor]:
         """(B, H, L, Q) and (B, H, L, V), in the layout in which attention reads them."""
         sizes, sequences = self.sizes, len(rope_B1LR)

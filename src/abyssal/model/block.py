@@ -94,7 +94,8 @@ class Block(nn.Module):
     def _forget_input(self, io: StageIO, u: Activation, entry: LinearEntry | None, step: Step) -> None:
         """Forget the feed-forward's normalised input, which the router keeps too, and what was made of it."""
         assert io.u_TD is not None
-        normed = step.forgotten.shared(self.layer, lambda: self.ffn_norm(io.x_TD))
+        x_TD = io.x_TD  # the record itself would keep the rows at experts
+        normed = step.forgotten.shared(self.layer, lambda: self.ffn_norm(x_TD))
         step.forgotten.forget(self.layer, io.u_TD, normed)
         if isinstance(u, Operand) and entry is not None:
             step.forgotten.forget_activation(self.layer, u, lambda: operand(normed(), entry))

@@ -8,7 +8,7 @@ Legend: D model, F expert hidden (gate and up together in ``w_gate_up_EFD``), E 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -18,11 +18,12 @@ from abyssal.kernels.swiglu import swiglu
 from abyssal.model.router import Router
 from abyssal.model.step import Step
 from abyssal.precision.linear import Linear, grouped_linear
-from abyssal.precision.operand import Activation, plain
-from abyssal.precision.recipe import Product, Recipe
+from abyssal.precision.operand import Activation, operand
+from abyssal.precision.recipe import LinearEntry, Product, Recipe
 from abyssal.precision.swiglu import kept_swiglu
 from abyssal.spec.model import ModelSpec
 from abyssal.spec.placement import Placement
+from abyssal.spec.tile_format import TileFormat
 
 _PRODUCTS: dict[str, tuple[Product, Product]] = {
     "dense": ("dense.gate_up", "dense.down"),
@@ -51,17 +52,24 @@ class FFN(nn.Module):
 
     def forward(self, u_TD: Activation, layer: int, step: Step) -> Tensor:
         gate_up_TF = self.gate_up(u_TD, step.queue)
-        if self.kept_swiglu is not None:
-            h, again = kept_swiglu(gate_up_TF, None, self.kept_swiglu, self.down.entry)
-            out_TD = self.down(h, step.queue)
-            if again is not None:
-                step.forgotten.forget(layer, plain(h), again)
-            return out_TD
-        h_TF = swiglu(gate_up_TF)
-        out_TD = self.down(h_TF, step.queue)
-        if self.forgets_swiglu:
-            step.forgotten.forget(layer, h_TF, lambda: swiglu(gate_up_TF))
+        h, again = _hidden(gate_up_TF, None, self.kept_swiglu, self.down.entry)
+        out_TD = self.down(h, step.queue)
+        if again is not None and (self.forgets_swiglu or self.kept_swiglu is not None):
+            step.forgotten.forget_activation(layer, h, again)
         return out_TD
+
+
+def _hidden(
+    gate_up_TF: Tensor, weights_T: Tensor | None, kept: TileFormat | None, entry: LinearEntry
+) -> tuple[Activation, Callable[[], Activation] | None]:
+    """SwiGLU as the product of ``entry`` reads it, and what makes it again; None where it does that itself."""
+    if kept is not None:
+        return kept_swiglu(gate_up_TF, weights_T, kept, entry)
+
+    def make() -> Activation:
+        return operand(swiglu(gate_up_TF, weights_T), entry)
+
+    return make(), make
 
 
 class Experts(nn.Module):
@@ -94,16 +102,10 @@ class Experts(nn.Module):
     def forward(self, rows_AD: Activation, weights_A: Tensor, counts: Sequence[int], layer: int, step: Step) -> Tensor:
         """Each row through its slot's expert, times its routing weight: (A, D)."""
         gate_up_AF = self.gate_up(rows_AD, counts, step)
-        if self.kept_swiglu is not None:
-            h, again = kept_swiglu(gate_up_AF, weights_A, self.kept_swiglu, self.down_entry)
-            out_AD = self.down(h, counts, step)
-            if again is not None:
-                step.forgotten.forget(layer, plain(h), again)
-            return out_AD
-        h_AF = swiglu(gate_up_AF, weights_A)
-        out_AD = self.down(h_AF, counts, step)
-        if self.forgets_swiglu:
-            step.forgotten.forget(layer, h_AF, lambda: swiglu(gate_up_AF, weights_A))
+        h, again = _hidden(gate_up_AF, weights_A, self.kept_swiglu, self.down_entry)
+        out_AD = self.down(h, counts, step)
+        if again is not None and (self.forgets_swiglu or self.kept_swiglu is not None):
+            step.forgotten.forget_activation(layer, h, again)
         return out_AD
 
     def gate_up(self, rows_AD: Activation, counts: Sequence[int], step: Step) -> Tensor:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from tyro.conf import arg
 
 from abyssal.spec.tile_format import ScaleName, TileFormat
 
@@ -82,6 +84,14 @@ class ProductFormats:
             raise ValueError(
                 f"accumulation is {self.accumulation!r}: choose one of {', '.join(get_args(Accumulation))}"
             )
+        if self.accumulation == "tensor_core":
+            for name in ("input", "weight", "gradient", "turned_input", "turned_gradient"):
+                form = getattr(self, name)
+                if form.scale == "float32" and form.tile != "tensor":
+                    raise ValueError(
+                        f"{name} has a float32 scale a tile, which a sum in one register (accumulation tensor_core) "
+                        "can't apply: choose ue8m0 scales, one a tensor, or accumulation promoted"
+                    )
 
 
 @dataclass(frozen=True)
@@ -163,23 +173,23 @@ class Fp8Options:
         ValueError: a name that there is not, by field.
     """
 
-    scales: ScaleName = "ue8m0"
+    scales: Annotated[ScaleName, arg(name="fp8-scales")] = "ue8m0"
     """Scales of tiles and blocks: ue8m0, powers of two, as DeepSeek-V3.1 trains with; or float32, V3's."""
-    gradients: Literal["e4m3", "e5m2"] = "e4m3"
+    gradients: Annotated[Literal["e4m3", "e5m2"], arg(name="fp8-gradients")] = "e4m3"
     """Code of gradients; e5m2 is the hybrid of earlier FP8 training."""
-    gradient_tile: Literal["1x128", "128x128"] = "1x128"
+    gradient_tile: Annotated[Literal["1x128", "128x128"], arg(name="fp8-gradient-tile")] = "1x128"
     """Tiles of gradients in Dgrad; V3 saw 128x128 diverge."""
-    granularity: Literal["tile", "tensor"] = "tile"
+    granularity: Annotated[Literal["tile", "tensor"], arg(name="fp8-granularity")] = "tile"
     """One scale a tile or block, or one a tensor."""
-    accumulation: Accumulation = "float32"
+    accumulation: Annotated[Accumulation, arg(name="fp8-accumulation")] = "float32"
     """How products add up; promoted and tensor_core imitate Hopper, and are slow."""
-    high_precision: tuple[str, ...] = ()
+    high_precision: Annotated[tuple[str, ...], arg(name="fp8-high-precision")] = ()
     """Products that stay out of FP8, such as kv_b or experts.down."""
-    after_attention: Literal["e5m6", "e4m3", "activation"] = "e5m6"
+    after_attention: Annotated[Literal["e5m6", "e4m3", "activation"], arg(name="fp8-after-attention")] = "e5m6"
     """What is kept between attention and its output projection."""
-    swiglu_input: Literal["e4m3", "activation"] = "e4m3"
+    swiglu_input: Annotated[Literal["e4m3", "activation"], arg(name="fp8-swiglu-input")] = "e4m3"
     """What experts keep for the backward of SwiGLU."""
-    dispatch: Literal["e4m3", "activation"] = "e4m3"
+    dispatch: Annotated[Literal["e4m3", "activation"], arg(name="fp8-dispatch")] = "e4m3"
     """Tokens on their way to experts."""
 
     def __post_init__(self) -> None:

@@ -58,16 +58,18 @@ def kept_swiglu(
     kept = quantise(gate_up_T2F.detach().unflatten(-1, (2, -1)), form)
     detached = gate_up_T2F.detach(), None if weights_T is None else weights_T.detach()
     h_TF = _Backward.apply(gate_up_T2F, weights_T, swiglu(*detached), kept)
-    return h_TF, lambda: swiglu(kept.values(h_TF.dtype).flatten(1), detached[1])
+    weights, dtype = detached[1], gate_up_T2F.dtype
+    return h_TF, lambda: swiglu(kept.values(dtype).flatten(1), weights)
 
 
 def _quantised(gate_up_T2F: Tensor, weights_T: Tensor | None, form: TileFormat, formats: ProductFormats) -> Operand:
     detached, weights = gate_up_T2F.detach(), None if weights_T is None else weights_T.detach()
-    dtype = values_dtype(gate_up_T2F.dtype, formats.input, formats.weight, formats.gradient)
+    activation = gate_up_T2F.dtype
+    dtype = values_dtype(activation, formats.input, formats.weight, formats.gradient)
     kept, codes, values = swiglu_quantised(detached, weights, form, formats.input, dtype)
     handle = _Backward.apply(gate_up_T2F, weights_T, values.to(gate_up_T2F.dtype), kept)
 
     def again(turned: TileFormat, counts: Sequence[int] | None) -> Tensor:
-        return swiglu_again(kept, weights, turned, torch.float32, counts, handle.dtype)
+        return swiglu_again(kept, weights, turned, torch.float32, counts, activation)
 
     return Operand(handle, codes, values, again)
