@@ -35,9 +35,9 @@ def measure(size: int, lengths: tuple[int, ...], seed: int = 0) -> list[dict[str
             exact = gemm(a, b, torch.float64, "float64")
             unit = exact if kind == "uniform" else exact.square().mean().sqrt()
             for summation in SUMMATIONS:
-                begin = time.perf_counter()
+                begin = time.process_time()
                 found = gemm(a, b, torch.float32, summation)
-                seconds = time.perf_counter() - begin
+                seconds = time.process_time() - begin
                 error = (found.double() - exact) / unit
                 records.append(
                     {
@@ -47,7 +47,7 @@ def measure(size: int, lengths: tuple[int, ...], seed: int = 0) -> list[dict[str
                         "largest": float(error.abs().max()),
                         "root_mean_square": float(error.square().mean().sqrt()),
                         "mean": float(error.mean()),
-                        "seconds": seconds,
+                        "processor_seconds": seconds,
                     }
                 )
     return records
@@ -64,9 +64,11 @@ def tell(records: list[dict[str, Any]]) -> None:
             cells = [f"{each['largest']:.1e} ({each['root_mean_square']:.1e})" for each in row]
             print(f"{kind + ', ' + summation:<24}" + "".join(f"{cell:>20}" for cell in cells))
     longest = [record for record in records if record["length"] == lengths[-1]]
-    seconds = {name: min(each["seconds"] for each in longest if each["summation"] == name) for name in SUMMATIONS}
+    seconds = {
+        name: min(each["processor_seconds"] for each in longest if each["summation"] == name) for name in SUMMATIONS
+    }
     print(
-        f"K = {lengths[-1]}: "
+        f"Processor time at K = {lengths[-1]}: "
         + ", ".join(f"{name} {taken * 1000:.0f} ms" for name, taken in seconds.items())
         + f"; emulation {seconds['promoted'] / seconds['float32']:.0f} times as long as a product in FP32"
     )
