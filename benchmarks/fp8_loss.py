@@ -1,6 +1,6 @@
 """Does training in FP8 reach the loss of BF16 [V3 section 3.3]?  Paired runs on the same rows from the same weights.
 
-    python benchmarks/fp8_loss.py bf16 fp8 [--seeds 3] [--threads 1] [--out FOLDER] [--smoke] [--report]
+    python benchmarks/fp8_loss.py bf16 fp8 [--seeds 3] [--threads 1] [--lr 5e-4] [--out FOLDER] [--smoke] [--report]
 
 Every run is a folder under OUT/runs with a checkpoint every hundred steps: the same command goes on where a killed one
 stopped, and skips what is finished.  Arms are trained seed by seed, so that what is there can be compared at any time:
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,7 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("arms", nargs="*", metavar="ARM", help=f"of {', '.join(ARMS)}; bf16 is what all are held to")
     parser.add_argument("--seeds", type=int, default=None, help="runs of each arm (3; with --smoke 2)")
     parser.add_argument("--threads", type=int, default=None, help="of torch (the machine's)")
+    parser.add_argument("--lr", type=float, default=None, help=f"peak learning rate ({FULL.learning_rate:g})")
     parser.add_argument("--out", type=Path, default=None, help="folder of the runs (runs/fp8-loss)")
     parser.add_argument("--results", type=Path, default=None, help="folder of the JSON and PNG files (OUT)")
     parser.add_argument("--data", type=Path, nargs="+", help="text to train on (the standard library's source)")
@@ -50,6 +51,8 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
         chosen.seeds = 2 if chosen.smoke else 3
     if not 1 <= chosen.seeds <= MOST_SEEDS:
         parser.error(f"--seeds is {chosen.seeds}; give 1 to {MOST_SEEDS}")
+    if chosen.lr is not None and not chosen.lr > 0:
+        parser.error(f"--lr is {chosen.lr}; give a positive number")
     if chosen.threads is not None and chosen.threads < 1:
         parser.error(f"--threads is {chosen.threads}; give at least 1")
     if not chosen.arms and chosen.smoke:
@@ -73,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fp8_training.suite import Suite
 
     scale = SMOKE if chosen.smoke else FULL
+    if chosen.lr is not None:
+        scale = replace(scale, learning_rate=chosen.lr)
     try:
         suite = Suite(chosen.out, scale, prepared(chosen.out / "data", chosen.data, scale.vocab_size, chosen.smoke))
         if not chosen.report:

@@ -6,6 +6,10 @@ two tiles of 128; but for its few layers and experts it is the preset ``small``.
 Arms of one seed have the same rows in the same order and the same initial weights.  Two of them are yardsticks:
 ``bf16-halves`` does what BF16 does and adds up a step's two sequences apart, so that nothing but rounding differs, and
 ``float32`` rounds less.
+
+The peak learning rate was chosen with ``bf16-halves``, without a look at FP8.  At 2e-3 rounding alone moved the loss of
+the last 200 of 600 steps by 1.0 % (one seed), so that no format could be told from another; at 5e-4 that of the last
+200 of 240 steps by 0.04 %.
 """
 
 from __future__ import annotations
@@ -86,7 +90,7 @@ class Scale:
     held_out_batches: int
     """Of every validation, the last too."""
     save_every: int = 100
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
 
     def config(self, arm: Arm, seed: int) -> TrainConfig:
         """The run of an arm at a seed."""
