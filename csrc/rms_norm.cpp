@@ -3,38 +3,16 @@
 // Squares are summed, and the result is computed, in FP64 and rounded once: at these sizes that costs nanoseconds and
 // makes the error half a unit in the last place whatever the width.
 
-#include <cmath>
-
 #include "common.h"
 #include "operators.h"
+#include "rms_norm.h"
 
 namespace abyssal {
 namespace {
 
 constexpr int64_t kForkBytes = 1 << 20;  // below this, waking threads costs more than it gains
-constexpr int kSums = 16;                // partial sums of squares side by side
 
 using Arguments = RmsNormArguments;
-
-template <typename X, typename W>
-ABYSSAL_INLINE void normalise(const X* x, const W* weight, int64_t width, double eps, X* y) {
-  double sums[kSums] = {};
-  const int64_t whole = width / kSums * kSums;
-  for (int64_t i = 0; i < whole; i += kSums)
-    for (int lane = 0; lane < kSums; ++lane) {
-      const double value = widen(x[i + lane]);
-      sums[lane] += value * value;
-    }
-  for (int64_t i = whole; i < width; ++i) {
-    const double value = widen(x[i]);
-    sums[i - whole] += value * value;
-  }
-  double sum = 0.0;
-  for (int lane = 0; lane < kSums; ++lane) sum += sums[lane];
-  const double scale = 1.0 / std::sqrt(sum / static_cast<double>(width) + eps);
-  for (int64_t i = 0; i < width; ++i)
-    narrow(static_cast<float>(widen(x[i]) * scale * widen(weight[i])), y + i);
-}
 
 template <typename X, typename W>
 void run(const Arguments& a) {

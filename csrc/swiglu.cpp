@@ -4,11 +4,9 @@
 // 2^-24, t is within 1.4 u (exp.h) and the five operations after it within u each: 6.4 u in all.
 // Below g = -87, t is no normal number, is off by up to 2^-149, and g times that is less than 2^-142.
 
-#include <cmath>
-
 #include "common.h"
-#include "exp.h"
 #include "operators.h"
+#include "swiglu.h"
 
 namespace abyssal {
 namespace {
@@ -19,27 +17,17 @@ using Arguments = SwigluArguments;
 
 template <typename X>
 ABYSSAL_INLINE void row(const X* gate, const X* up, float weight, int64_t width, X* y) {
-  for (int64_t i = 0; i < width; ++i) {
-    const float g = widen(gate[i]);
-    const float t = exp_nonpositive(-std::fabs(g));
-    const float silu = g * (g < 0.0f ? t : 1.0f) / (1.0f + t);
-    narrow(silu * widen(up[i]) * weight, y + i);
-  }
+  for (int64_t i = 0; i < width; ++i) narrow(swiglu_value(widen(gate[i]), widen(up[i]), weight), y + i);
 }
 
 template <typename X>
 void run(const Arguments& a) {
   const Isa isa = choose_isa(a.isa_limit);
-  const auto weight = [&](int64_t t) -> float {
-    if (!a.weights) return 1.0f;
-    return a.weights_dtype == kBFloat16 ? widen(static_cast<const uint16_t*>(a.weights)[t])
-                                        : static_cast<const float*>(a.weights)[t];
-  };
   const auto work = [&](int64_t begin, int64_t end) {
     call_vectorized(isa, [&]() ABYSSAL_INLINE_LAMBDA {
       for (int64_t t = begin; t < end; ++t) {
         const X* gate = reinterpret_cast<const X*>(a.gate_up) + t * a.stride;
-        row(gate, gate + a.width, weight(t), a.width, reinterpret_cast<X*>(a.y) + t * a.width);
+        row(gate, gate + a.width, weight_of(a.weights, a.weights_dtype, t), a.width, reinterpret_cast<X*>(a.y) + t * a.width);
       }
     });
   };

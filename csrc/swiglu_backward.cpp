@@ -3,16 +3,13 @@
 // With s = sigmoid(g) = (g < 0 ? t : 1) / (1 + t), t = exp(-|g|):  du = dh w g s,  dg = dh w u (s + g s (1 - s)),
 // dw = sum of dh g s u over the row.  FP32 throughout, each gradient rounded once.
 
-#include <cmath>
-
 #include "common.h"
-#include "exp.h"
+#include "swiglu.h"
 
 namespace abyssal {
 namespace {
 
 constexpr int64_t kForkValues = 1 << 14;  // below this, waking threads costs more than it gains
-constexpr int kSums = 16;                 // partial sums side by side
 
 struct Arguments {
   const char* gate_up;  // (rows, 2 * width): gate, then up
@@ -29,42 +26,35 @@ struct Arguments {
 
 template <typename X>
 ABYSSAL_INLINE float value(const X* gate, const X* up, const X* dh, float weight, int64_t i, X* dgate, X* dup) {
-  const float g = widen(gate[i]), u = widen(up[i]), d = widen(dh[i]);
-  const float t = exp_nonpositive(-std::fabs(g));
-  const float sigmoid = (g < 0.0f ? t : 1.0f) / (1.0f + t);
-  const float silu = g * sigmoid, dweighted = d * weight;
-  narrow(dweighted * u * (sigmoid + silu * (1.0f - sigmoid)), dgate + i);
-  narrow(dweighted * silu, dup + i);
-  return d * silu * u;
+  float dg, du;
+  const float dw = swiglu_gradient(widen(gate[i]), widen(up[i]), widen(dh[i]), weight, &dg, &du);
+  narrow(dg, dgate + i);
+  narrow(du, dup + i);
+  return dw;
 }
 
 template <typename X>
 ABYSSAL_INLINE float row(const X* gate, const X* up, const X* dh, float weight, int64_t width, X* dgate, X* dup) {
-  float sums[kSums] = {};
-  const int64_t whole = width / kSums * kSums;
-  for (int64_t i = 0; i < whole; i += kSums)
-    for (int lane = 0; lane < kSums; ++lane) sums[lane] += value(gate, up, dh, weight, i + lane, dgate, dup);
+  float sums[kSwigluSums] = {};
+  const int64_t whole = width / kSwigluSums * kSwigluSums;
+  for (int64_t i = 0; i < whole; i += kSwigluSums)
+    for (int lane = 0; lane < kSwigluSums; ++lane) sums[lane] += value(gate, up, dh, weight, i + lane, dgate, dup);
   for (int64_t i = whole; i < width; ++i) sums[i - whole] += value(gate, up, dh, weight, i, dgate, dup);
   float sum = 0.0f;
-  for (int lane = 0; lane < kSums; ++lane) sum += sums[lane];
+  for (int lane = 0; lane < kSwigluSums; ++lane) sum += sums[lane];
   return sum;
 }
 
 template <typename X>
 void run(const Arguments& a) {
   const Isa isa = choose_isa(a.isa_limit);
-  const auto weight = [&](int64_t t) -> float {
-    if (!a.weights) return 1.0f;
-    return a.weights_dtype == kBFloat16 ? widen(static_cast<const uint16_t*>(a.weights)[t])
-                                        : static_cast<const float*>(a.weights)[t];
-  };
   const auto work = [&](int64_t begin, int64_t end) {
     call_vectorized(isa, [&]() ABYSSAL_INLINE_LAMBDA {
       for (int64_t t = begin; t < end; ++t) {
         const X* gate = reinterpret_cast<const X*>(a.gate_up) + t * a.stride;
         const X* dh = reinterpret_cast<const X*>(a.dh) + t * a.width;
         X* dgate = reinterpret_cast<X*>(a.dgate_up) + t * 2 * a.width;
-        const float sum = row(gate, gate + a.width, dh, weight(t), a.width, dgate, dgate + a.width);
+        const float sum = row(gate, gate + a.width, dh, weight_of(a.weights, a.weights_dtype, t), a.width, dgate, dgate + a.width);
         if (a.dweights) a.dweights[t] = sum;
       }
     });

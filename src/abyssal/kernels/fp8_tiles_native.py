@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from abyssal.kernels.native import DTYPE_CODES, OK, native_library, openmp_fork
-from abyssal.spec.tile_format import CodeName, ScaleName, TileFormat, TileName
+from abyssal.spec.tile_format import CodeName, ScaleName, TileFormat, TileName, tiles_along
 
 CODE_DTYPES: dict[CodeName, torch.dtype] = {
     "e4m3": torch.float8_e4m3fn,
@@ -28,7 +28,7 @@ SCALE_DTYPES: dict[ScaleName, torch.dtype] = {"float32": torch.float32, "ue8m0":
 _TILES: dict[TileName, int] = {"1x128": 0, "128x1": 1, "128x128": 2}
 _CODES: dict[CodeName, int] = {"e4m3": 0, "e5m2": 1, "e5m6": 2}
 _SCALES: dict[ScaleName, int] = {"float32": 0, "ue8m0": 1}
-_pack = struct.Struct("=23q").pack  # the record `Arguments` of csrc/fp8_tiles.cpp
+_pack = struct.Struct("=26q").pack  # the record `Arguments` of csrc/fp8_tiles.cpp
 _pack_dequantise = struct.Struct("=15q").pack  # its `DequantiseArguments`
 
 
@@ -39,6 +39,57 @@ class Found:
     codes: Tensor | None
     scales: Tensor | None
     values: Tensor | None
+
+
+@dataclass(frozen=True)
+class KeptPointers:
+    """Of codes and scales in tiles along rows, and what they are."""
+
+    codes: int = 0
+    scales: int = 0
+    code: int = 0
+    scale: int = 0
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is quantised: values, or what is kept of them."""
+
+    shape: Sequence[int]
+    sizes: Sequence[int]
+    """Matrices, rows and columns."""
+    x: int = 0
+    x_code: int = 0
+    strides: Sequence[int] = (0, 0)
+    kept: KeptPointers = KeptPointers()
+    gated: bool = False
+    weights: Tensor | None = None
+
+
+def format_codes(form: TileFormat) -> tuple[int, int]:
+    """``CodeKind`` and ``ScaleKind`` of ``csrc/fp8_tiles.h``."""
+    return _CODES[form.code], _SCALES[form.scale]
+
+
+def empty_tiles(shape: Sequence[int], form: TileFormat, counts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales to be filled, of values of ``shape``."""
+    *leading, columns = shape
+    rows = () if form.tile == "1x128" else (leading.pop(),)
+    scale_shape = form.scale_shape(*(rows or (1,)), columns, counts)[1 - len(rows) :]
+    codes = torch.empty(*leading, *rows, form.code_columns(columns), dtype=CODE_DTYPES[form.code])
+    return codes, torch.empty(*leading, *scale_shape, dtype=SCALE_DTYPES[form.scale])
+
+
+def is_kept(codes: Tensor, scales: Tensor, form: TileFormat, columns: int) -> bool:
+    """Whether the C++ can read these as ``columns`` values a row in tiles along rows."""
+    return (
+        codes.is_cpu
+        and form.tile == "1x128"
+        and codes.dtype is CODE_DTYPES[form.code]
+        and scales.dtype is SCALE_DTYPES[form.scale]
+        and codes.shape[-1] == form.code_columns(columns)
+        and scales.shape == (*codes.shape[:-1], tiles_along(columns))
+    )
 
 
 def quantise(
@@ -54,16 +105,14 @@ def quantise(
     if not (x.is_cpu and x.dtype in DTYPE_CODES and form.tile in _TILES and x.ndim > (form.tile != "1x128")):
         return None
     x3 = _as_matrices(x)
-    matrices, rows, columns = x3.shape
-    source = x3.data_ptr(), 0, 0, DTYPE_CODES[x.dtype], 0, 0
-    sizes = matrices, rows, columns, x3.stride(0), x3.stride(1)
-    return _run(source, x.shape, sizes, form, dtype, counts, codes, isa_limit)
+    source = _Source(x.shape, x3.shape, x3.data_ptr(), DTYPE_CODES[x.dtype], x3.stride()[:2])
+    return _run(source, form, dtype, counts, codes, isa_limit)
 
 
 def turn(
     codes: Tensor,
     scales: Tensor,
-    turned: TileFormat,
+    kept: TileFormat,
     columns: int,
     form: TileFormat,
     dtype: torch.dtype,
@@ -71,15 +120,38 @@ def turn(
     *,
     isa_limit: int = -1,
 ) -> Tensor | None:
-    """Values in ``dtype``, in ``form``, of codes and scales in the ``1x128`` tiles of ``turned``; (rows, columns)."""
-    if not (codes.is_cpu and codes.ndim == 2 and turned.tile == "1x128" and form.tile in ("128x1", "128x128")):
-        return None
-    if scales.shape != turned.scale_shape(len(codes), columns):
+    """Values in ``dtype``, in ``form``, of codes and scales in the ``1x128`` tiles of ``kept``; (rows, columns)."""
+    if codes.ndim != 2 or form.tile not in _TILES or not is_kept(codes, scales, kept, columns):
         return None
     codes, scales = codes.contiguous(), scales.contiguous()
-    source = 0, codes.data_ptr(), scales.data_ptr(), 0, _CODES[turned.code], _SCALES[turned.scale]
     shape = len(codes), columns
-    found = _run(source, shape, (1, *shape, 0, 0), form, dtype, counts, False, isa_limit)
+    source = _Source(shape, (1, *shape), kept=KeptPointers(codes.data_ptr(), scales.data_ptr(), *format_codes(kept)))
+    found = _run(source, form, dtype, counts, False, isa_limit)
+    return None if found is None else found.values
+
+
+def swiglu_turned(
+    codes: Tensor,
+    scales: Tensor,
+    kept: TileFormat,
+    columns: int,
+    weights: Tensor | None,
+    form: TileFormat,
+    dtype: torch.dtype,
+    counts: Sequence[int] | None = None,
+    *,
+    isa_limit: int = -1,
+) -> Tensor | None:
+    """As :func:`turn`, of SwiGLU of (rows, 2, columns) and routing weights (rows,): (rows, columns)."""
+    if codes.ndim != 3 or form.tile not in _TILES or not is_kept(codes, scales, kept, columns):
+        return None
+    if weights is not None and (weights.dtype not in DTYPE_CODES or weights.shape != codes.shape[:1]):
+        return None
+    codes, scales, weights = codes.contiguous(), scales.contiguous(), None if weights is None else weights.contiguous()
+    shape = len(codes), columns
+    pointers = KeptPointers(codes.data_ptr(), scales.data_ptr(), *format_codes(kept))
+    source = _Source(shape, (1, *shape), kept=pointers, gated=True, weights=weights)
+    found = _run(source, form, dtype, counts, False, isa_limit)
     return None if found is None else found.values
 
 
@@ -116,8 +188,7 @@ def dequantise(
         0 if groups is None else groups.buffer_info()[0],
         DTYPE_CODES[dtype],
         _TILES[form.tile],
-        _CODES[form.code],
-        _SCALES[form.scale],
+        *format_codes(form),
         prod(leading),
         rows,
         columns,
@@ -139,9 +210,7 @@ def _as_matrices(x: Tensor) -> Tensor:
 
 
 def _run(
-    source: tuple[int, ...],
-    shape: Sequence[int],
-    sizes: tuple[int, ...],
+    source: _Source,
     form: TileFormat,
     dtype: torch.dtype | None,
     counts: Sequence[int] | None,
@@ -151,33 +220,29 @@ def _run(
     library = native_library()
     if library is None or (dtype is not None and dtype not in DTYPE_CODES):
         return None
-    codes = scales = values = None
-    if wants_codes:
-        *leading, columns = shape
-        rows = () if form.tile == "1x128" else (leading.pop(),)
-        scale_shape = form.scale_shape(*(rows or (1,)), columns, counts)[1 - len(rows) :]
-        codes = torch.empty(*leading, *rows, form.code_columns(columns), dtype=CODE_DTYPES[form.code])
-        scales = torch.empty(*leading, *scale_shape, dtype=SCALE_DTYPES[form.scale])
-    if dtype is not None:
-        values = torch.empty(shape, dtype=dtype)
+    if counts is not None and form.tile != "128x1":
+        return None
+    codes, scales = empty_tiles(source.shape, form, counts) if wants_codes else (None, None)
+    values = None if dtype is None else torch.empty(source.shape, dtype=dtype)
     groups = None if counts is None else array("q", counts)
-    x, turned, turned_scales, x_code, turned_code, turned_scale = source
+    kept, weights = source.kept, source.weights
     record = _pack(
-        x,
-        turned,
-        turned_scales,
-        *(0 if part is None else part.data_ptr() for part in (codes, scales, values)),
+        source.x,
+        kept.codes,
+        kept.scales,
+        *(0 if part is None else part.data_ptr() for part in (weights, codes, scales, values)),
         0 if groups is None else groups.buffer_info()[0],
-        x_code,
+        source.x_code,
+        0 if weights is None else DTYPE_CODES[weights.dtype],
         DTYPE_CODES[dtype or torch.float32],
+        kept.code,
+        kept.scale,
+        source.gated,
         _TILES[form.tile],
-        _CODES[form.code],
-        _SCALES[form.scale],
-        turned_code,
-        turned_scale,
-        *sizes[:3],
+        *format_codes(form),
+        *source.sizes,
         0 if groups is None else len(groups),
-        *sizes[3:],
+        *source.strides,
         torch.get_num_threads(),
         openmp_fork(),
         isa_limit,

@@ -22,7 +22,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 13
+ABI_VERSION = 14
 """What ``abyssal_abi_version()`` in ``csrc/`` must answer."""
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -51,6 +51,9 @@ FUNCTIONS = (
     "abyssal_fp8_read",
     "abyssal_fp8_quantise",
     "abyssal_fp8_dequantise",
+    "abyssal_fp8_swiglu",
+    "abyssal_fp8_swiglu_gradients",
+    "abyssal_fp8_rms_norm",
     "abyssal_race",
     "abyssal_mass",
 )
