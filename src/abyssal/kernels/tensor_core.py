@@ -19,9 +19,9 @@ it has more they must be powers of two: they move the exponents of its values, b
 has no limit.  Other scales are refused: there is no such computation.
 
 Every step is exact in the floating-point numbers used here, so results do not depend on threads or devices.  The loop
-over the sum works on a tile of outputs that stays in a core's cache, and takes some forty times as long as a product in
-FP32 (``benchmarks/fp8_operators.py``).  The trade-off not taken: (rows, columns, 32) products at once, which go through
-memory.
+over the sum works on a tile of outputs that stays in the cache, and takes some thirty times as long as a product in FP32
+(``benchmarks/fp8_operators.py`` measures it).  The trade-off not taken: (rows, columns, 32) products at once, which go
+through memory.
 
 Legend: M rows of a, N rows of b, K summed over.
 """
@@ -42,8 +42,8 @@ CHUNK = 32
 """Products that an instruction adds up at once."""
 FRACTION_BITS = 13
 """Kept after the point, of addends and of the register."""
-_TILE_ROWS, _TILE_COLUMNS = 128, 256
-"""Outputs at a time: a few arrays of them fit into a core's cache."""
+_TILE_ROWS, _TILE_COLUMNS = 256, 512
+"""Outputs at a time: a few arrays of them stay in a processor's cache, and calls are few."""
 _NO_EXPONENT = {torch.int8: -63, torch.int16: -8000}
 """Of a zero: so small that a sum with any other is below every product's, and does not overflow."""
 _LARGEST_SPREAD = 60
@@ -150,19 +150,24 @@ def _tiles(a: _Side, b: _Side) -> Iterator[tuple[slice, slice, _Side, _Side]]:
 def _accumulate(a: _Side, b: _Side, summed: range) -> Tensor:
     """The register (M, N) after the instructions over ``summed``."""
     register = a.values.new_zeros(a.values.shape[1], b.values.shape[1])
-    scratch = torch.empty_like(register)
+    product, fraction = torch.empty_like(register), torch.empty_like(register)
     exponent = torch.empty(register.shape, dtype=a.exponents.dtype, device=register.device)
     for start in range(summed.start, summed.stop, CHUNK):
         chunk = slice(start, min(start + CHUNK, summed.stop))
         largest = torch.maximum(_largest_exponent(a, b, chunk, exponent), _exponent(register))
         up = _power_of_two(FRACTION_BITS - largest, register.dtype)
-        register.mul_(up).trunc_()
+        _to_integers(register.mul_(up), fraction)
         for a_M, b_N in zip(a.values[chunk], b.values[chunk], strict=True):
-            torch.mul(up, a_M.unsqueeze(1), out=scratch)
-            register.add_(scratch.mul_(b_N).trunc_())  # integers below 2^21: their sum is exact
+            torch.mul(up, a_M.unsqueeze(1), out=product)
+            register.add_(_to_integers(product.mul_(b_N), fraction))  # below 2^21: their sum is exact
         register.mul_(_power_of_two(largest - FRACTION_BITS, register.dtype))
         _truncate(register)
     return register
+
+
+def _to_integers(values: Tensor, scratch: Tensor) -> Tensor:
+    """``values`` truncated toward zero, in place; torch's own ``trunc`` is ten times slower on CPU."""
+    return values.sub_(torch.frac(values, out=scratch))
 
 
 def _largest_exponent(a: _Side, b: _Side, chunk: slice, scratch: Tensor) -> Tensor:
