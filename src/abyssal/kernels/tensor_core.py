@@ -19,9 +19,9 @@ it has more they must be powers of two: they move the exponents of its values, b
 has no limit.  Other scales are refused: there is no such computation.
 
 Every step is exact in the floating-point numbers used here, so results do not depend on threads or devices.  The loop
-over the sum works on a tile of outputs that stays in the cache, and takes some thirty times as long as a product in FP32
-(``benchmarks/fp8_operators.py`` measures it).  The trade-off not taken: (rows, columns, 32) products at once, which go
-through memory.
+over the sum works on a tile of outputs that stays in the cache, and takes some thirty times as long as a product in
+FP32 (``benchmarks/fp8_operators.py`` measures it).  The trade-off not taken: (rows, columns, 32) products at once,
+which go through memory.
 
 Legend: M rows of a, N rows of b, K summed over.
 """
