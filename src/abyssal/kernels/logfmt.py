@@ -11,10 +11,11 @@ exponent bits, so that one tiny value does not coarsen its tile; what is smaller
 whichever is nearer.  Codes are exchanged in place of BF16 on combine; no product is computed in them, and DeepSeek
 dropped the format for what logarithms and exponentials cost next to communication.
 
-Error bound.  For finite x: |decoded - x| <= max(tanh(step / 2) |x|, exp(low) / 2) + 2^-15 |x|, where the second term of
-the maximum is for magnitudes under exp(low) alone, and the last is FP32's in the exponential.  With eight bits step is
-at most 0.176, so tanh(step / 2) is at most 8.8 %; where a tile's magnitudes span e^6 it is 2.4 %, and E4M3 has 6.25 %.
-A tile with an infinity or a NaN comes back as NaN throughout, as from :mod:`~abyssal.kernels.fp8_tiles`.
+Error bound.  For finite x: |decoded - x| <= max(tanh(step / 2) |x|, exp(low) / 2) + 2^-15 |x| + 2^-149, where the
+second term of the maximum is for magnitudes under exp(low) alone, and the last two are FP32's in the exponential.
+With eight bits step is at most 0.176, so tanh(step / 2) is at most 8.8 %; where a tile's magnitudes span e^6 it is
+2.4 %, and E4M3 has 6.25 %.  A tile with an infinity or a NaN comes back as NaN throughout, as from
+:mod:`~abyssal.kernels.fp8_tiles`.
 
 Legend: T rows, I columns, ``_Ti`` by row and tile of columns.
 """

@@ -22,7 +22,7 @@ def made_rows(rows: int, columns: int, spread: float, seed: int) -> Tensor:
     x_TI *= (spread * torch.randn(rows, columns, generator=generator)).exp()
     x_TI *= torch.logspace(-35, 20, 56)[torch.randint(56, (rows, 1), generator=generator)]
     x_TI[torch.rand(rows, columns, generator=generator) < 0.05] = 0
-    return x_TI
+    return x_TI.nan_to_num().clamp(-3e38, 3e38)  # finite in BF16 too
 
 
 def decoded_slowly(codes: list[int], low: float, step: float, bits: int) -> list[float]:
@@ -34,7 +34,7 @@ def decoded_slowly(codes: list[int], low: float, step: float, bits: int) -> list
     return values
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 @given(
     st.integers(0, 3),
     st.integers(1, 300),
@@ -55,7 +55,7 @@ def test_the_error_is_within_the_bound(
     error = (found.values().double() - exact).abs()
     under = exact.abs() < low_TI.exp()
     bound = torch.where(under, torch.maximum((step_TI / 2).tanh() * exact.abs(), low_TI.exp() / 2), 0.0)
-    bound = torch.maximum(bound, (step_TI / 2).tanh() * exact.abs()) + 2**-15 * exact.abs()
+    bound = torch.maximum(bound, (step_TI / 2).tanh() * exact.abs()) + 2**-15 * exact.abs() + 2**-149
     assert (error <= bound).all()
 
 
@@ -72,7 +72,7 @@ def test_every_value_takes_the_nearest_level(columns: int, spread: float, seed: 
         chosen = torch.tensor(decoded_slowly(codes, low, step, 8), dtype=torch.float64)
         exact = values.double()
         nearest = (levels[None] - exact.abs()[:, None]).abs().amin(1)
-        assert ((chosen - exact).abs() <= nearest + 2**-15 * exact.abs()).all()
+        assert ((chosen - exact).abs() <= nearest + 2**-15 * exact.abs() + 2**-149).all()
         assert torch.allclose(found.values()[0, tile * TILE :][: len(values)].double(), chosen, rtol=2**-15, atol=0)
 
 
