@@ -64,7 +64,7 @@ def _draw_differences(axes: Any, found: dict[str, Any]) -> None:
         if line.get_linestyle() == "-" and place >= first
     )
     limit = min(max(LEAST_SHOWN * goal, 1.5 * largest), MOST_SHOWN * goal)
-    axes.set_ylim(-limit, limit)
+    axes.set_ylim(-limit, 1.5 * limit)  # room for the legend
     axes.yaxis.set_major_formatter("{x:+.2f} %")
     axes.legend(fontsize=9, loc="upper right", framealpha=0.9, edgecolor="none")
     steps = SMOOTHED * found["window"]
