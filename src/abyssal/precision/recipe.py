@@ -17,6 +17,7 @@ from typing import Annotated, Literal, get_args
 
 from tyro.conf import arg
 
+from abyssal.spec.model import LatentAttentionSpec, ModelSpec
 from abyssal.spec.tile_format import ScaleName, TileFormat
 
 Recomputed = Literal["norm", "up_projection", "swiglu"]
@@ -158,6 +159,22 @@ class Recipe:
         if self.fp8 is None or name in self.high_precision:
             return LinearEntry(operands)
         return LinearEntry(operands, self.fp8)
+
+
+def products_of(spec: ModelSpec) -> frozenset[Product]:
+    """The products that a model has."""
+    found: set[Product] = {"out", "head"}
+    if isinstance(spec.attention, LatentAttentionSpec):
+        found |= {"kv_a", "kv_b"}
+        found |= {"q"} if spec.attention.q_lora_rank is None else {"q_a", "q_b"}
+    else:
+        found |= {"q", "k", "v"}
+    found |= {"mtp"} if spec.mtp_depth else set()
+    found |= {"dense.gate_up", "dense.down"} if spec.moe is None or spec.num_dense_layers else set()
+    if spec.moe is not None:
+        found |= {"gate", "experts.gate_up", "experts.down"}
+        found |= {"shared.gate_up", "shared.down"} if spec.moe.num_shared_experts else set()
+    return frozenset(found)
 
 
 def _check_product(name: str) -> None:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from abyssal.precision.recipe import Fp8Options, Recomputed
+from abyssal.precision.recipe import NEVER_FP8, Fp8Options, Recomputed, products_of
 from abyssal.spec.model import ModelSpec
 from abyssal.train.plan import RunPlan, plan_run
 from abyssal.train.schedules import (
@@ -253,11 +253,18 @@ class TrainConfig:
         return plan_run(steps, self.tokens, self.seq_len, self.batch_size, micro, schedule)
 
     def check_fits(self, spec: ModelSpec) -> None:
-        """Refuse sequences that the model has no positions for.
+        """Refuse sequences that the model has no positions for, and products that it does not have.
 
         Raises:
-            ValueError: ``seq_len`` past ``max_positions``.
+            ValueError: ``seq_len`` past ``max_positions``, or a name in ``fp8.high_precision``.
         """
+        there = products_of(spec)
+        for name in self.fp8.high_precision:
+            if name not in there:
+                raise ValueError(
+                    f"fp8.high_precision names {name}, which this model doesn't have; choose among "
+                    f"{', '.join(sorted(there - NEVER_FP8))}"
+                )
         if self.seq_len > spec.max_positions:
             raise ValueError(
                 f"seq_len is {self.seq_len}, past the model's max_positions {spec.max_positions}; "

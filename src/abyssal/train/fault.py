@@ -9,6 +9,7 @@ import torch
 
 from abyssal.data.batch import Batch
 from abyssal.model.transformer import Transformer
+from abyssal.train.bad_tiles import describe_bad_tiles
 from abyssal.train.loss import hidden_states, packed_step
 
 
@@ -51,7 +52,9 @@ def _place(model: Transformer, parts: Sequence[Batch]) -> str:
     for batch in parts:
         layer = _first_layer(model, batch)
         if layer is not None:
-            return f"the output of layer {layer} is the first that is not finite"
+            place = f"the output of layer {layer} is the first that is not finite"
+            tiles = describe_bad_tiles(model, batch)
+            return place if tiles is None else f"{place}, and {tiles}"
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for name, gradient in reversed(gradients.items()):  # the backward comes from the end
         if not torch.isfinite(gradient).all():

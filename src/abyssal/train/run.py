@@ -171,9 +171,10 @@ def _compared(record: Mapping[str, Any]) -> dict[str, Any]:
     """What must agree: first what a user sets, then what follows from it.
 
     Left out are what changes no number, and the name of the folder that the weights of step 0 came from, which may have
-    been moved: their digest tells.
+    been moved: their digest tells.  A field of the config that the record is older than has its default.
     """
     config, origin, data = (dict(record.get(part) or {}) for part in ("config", "origin", "data"))
+    config = {**json.loads(json.dumps(asdict(TrainConfig()))), **config}
     for name in CHANGES_NO_NUMBER:
         config.pop(name, None)
     origin.pop("folder", None)

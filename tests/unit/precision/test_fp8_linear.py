@@ -15,9 +15,15 @@ from abyssal.precision.linear import Linear, WeightQueue, grouped_linear, linear
 from abyssal.precision.operand import Operand, operand
 from abyssal.precision.recipe import Fp8Options, LinearEntry, ProductFormats, fp8_recipe
 
-ENTRY = fp8_recipe().product("q_a")
-FORMATS = ENTRY.fp8
-assert FORMATS is not None
+
+def entry_of(options: Fp8Options | None = None) -> tuple[LinearEntry, ProductFormats]:
+    """Of any Linear, and its formats."""
+    entry = fp8_recipe(options).product("q_a")
+    assert entry.fp8 is not None
+    return entry, entry.fp8
+
+
+ENTRY, FORMATS = entry_of()
 
 
 def leaf(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
@@ -68,13 +74,12 @@ OPTIONS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_products_are_those_of_the_tiles(options: Fp8Options, dtype: torch.dtype, parts: int) -> None:
-    entry = fp8_recipe(options).product("q_a")
-    assert entry.fp8 is not None
+    entry, formats = entry_of(options)
     x, weight = leaf(200, 150, seed=0, dtype=dtype), leaf(2 * 90, 150, seed=1)
     dy = leaf(200, 2 * 90, seed=2, dtype=dtype, scale=1e-4).detach()
     y = linear(x, weight, entry, parts=parts)
     y.backward(dy)
-    wanted = by_hand(x, weight, dy, entry.fp8, parts)
+    wanted = by_hand(x, weight, dy, formats, parts)
     assert y.dtype is dtype and x.grad is not None and x.grad.dtype is dtype
     assert weight.grad is not None and weight.grad.dtype is torch.float32
     assert all(close(got, want) for got, want in zip((y.detach(), x.grad, weight.grad), wanted, strict=True))
@@ -128,9 +133,9 @@ def test_emulated_accumulation_is_less_exact_without_promotion() -> None:
     errors = {}
     x, weight = leaf(32, 2048, seed=0), leaf(48, 2048, seed=1)
     for accumulation in ("float32", "promoted", "tensor_core"):
-        entry = fp8_recipe(Fp8Options(accumulation=accumulation)).product("q_a")  # type: ignore[arg-type]
+        entry, formats = entry_of(Fp8Options(accumulation=accumulation))  # type: ignore[arg-type]
         y = linear(x, weight, entry).detach().double()
-        wanted = by_hand(x, weight, torch.zeros(32, 48), entry.fp8, 1)[0]  # type: ignore[arg-type]
+        wanted = by_hand(x, weight, torch.zeros(32, 48), formats, 1)[0]
         errors[accumulation] = float((y - wanted).abs().max() / wanted.abs().max())
     assert errors["float32"] < 1e-6 < errors["promoted"] < errors["tensor_core"] < 0.02
 

@@ -133,6 +133,18 @@ def test_another_run_is_not_resumed(prepared: PreparedData, tmp_path: Path) -> N
     run_training(folder, run_of(prepared, SPEC, watched), resume=True)  # what changes no number may differ
 
 
+def test_a_record_older_than_a_field_has_its_default(prepared: PreparedData, tmp_path: Path) -> None:
+    folder, config = RunFolder(tmp_path / "run"), dataclasses.replace(SAVING, compute="bfloat16")
+    with pytest.raises(KeyboardInterrupt):
+        run_training(folder, run_of(prepared, SPEC, config), [Interrupt(3)])
+    record = json.loads(folder.record.read_text())
+    del record["config"]["precision"], record["config"]["fp8"]
+    folder.record.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match='has config.precision "compute", and this one "fp8"'):
+        run_training(folder, run_of(prepared, SPEC, dataclasses.replace(config, precision="fp8")), resume=True)
+    assert run_training(folder, run_of(prepared, SPEC, config), resume=True).trainer.steps_done == 6
+
+
 def test_a_resume_that_saves_no_more_checkpoints_goes_on_from_the_newest(
     prepared: PreparedData, tmp_path: Path
 ) -> None:
