@@ -133,22 +133,26 @@ void share_largest(Strip& strip, int64_t count) {
 }
 
 // Scales of columns that share a tile with 127 others, whose largest magnitude is at its first.
-void scale_tiles(const TileOutput& out, Strip& strip, int64_t count) {
-  strip.spoiled = false;
-  for (int64_t i = 0; i < count; i += kTile) {
-    float scale = 0.0f;
-    with_code(out.code, [&](auto code) {
-      scale = tile_scale<decltype(code)>(strip.largest[i], out.scale == kPowerScale);
+void scale_tiles(Isa isa, const TileOutput& out, Strip& strip, int64_t count) {
+  const bool power = out.scale == kPowerScale;
+  with_code(out.code, [&](auto code) {
+    call_vectorized(isa, [&]() ABYSSAL_INLINE_LAMBDA {
+      strip.spoiled = false;
+      for (int64_t i = 0; i < count; i += kTile) {
+        const float scale = tile_scale<decltype(code)>(strip.largest[i], power);
+        strip.spoiled = strip.spoiled || strip.largest[i] >= kInfinity;
+        // Whole tiles, of which the strip has room for the last: a loop of known length needs no remainder.
+        for (int64_t j = 0; j < kTile; ++j) strip.scale[i + j] = scale;
+      }
     });
-    strip.spoiled = strip.spoiled || strip.largest[i] >= kInfinity;
-    std::fill(strip.scale + i, strip.scale + (i + kTile < count ? i + kTile : count), scale);
-  }
+  });
 }
 
 void write_scales(const TileOutput& out, const Strip& strip, int64_t line, int64_t start, int64_t count) {
   if (!out.scales) return;
   const int64_t width = out.tile == kColumnTiles ? 1 : kTile;
-  const int64_t place = out.tile == kColumnTiles ? line * out.columns + start : line * tiles_along(out.columns) + start / kTile;
+  const int64_t place =
+      out.tile == kColumnTiles ? line * out.columns + start : line * tiles_along(out.columns) + start / kTile;
   for (int64_t i = 0; i < count; i += width) store_scale(strip.scale[i], out.scale, out.scales, place + i / width);
 }
 
@@ -205,7 +209,8 @@ void write_row(Isa isa, const TileOutput& out, Strip& strip, const void* x, int6
 
 }  // namespace
 
-bool row_blocks(const int64_t* counts, int64_t num_counts, int64_t rows, int64_t height, std::vector<RowBlock>& blocks) {
+bool row_blocks(const int64_t* counts, int64_t num_counts, int64_t rows, int64_t height,
+                std::vector<RowBlock>& blocks) {
   const int64_t all = rows;
   if (!counts) counts = &all, num_counts = 1;
   int64_t first = 0;
@@ -221,7 +226,7 @@ bool row_blocks(const int64_t* counts, int64_t num_counts, int64_t rows, int64_t
 void quantise_row(Isa isa, const TileOutput& out, Strip& strip, const void* x, int64_t dtype, int64_t row,
                   int64_t start, int64_t count) {
   largest_of_tiles(isa, strip, x, dtype, count);
-  scale_tiles(out, strip, count);
+  scale_tiles(isa, out, strip, count);
   write_scales(out, strip, row, start, count);
   write_row(isa, out, strip, x, dtype, row, start, count);
 }
@@ -233,7 +238,7 @@ void quantise_panel(Isa isa, const TileOutput& out, Strip& strip, const void* x,
     scale_columns(isa, out, strip, count);
   } else {
     share_largest(strip, count);
-    scale_tiles(out, strip, count);
+    scale_tiles(isa, out, strip, count);
   }
   write_scales(out, strip, line, start, count);
   for (int64_t r = 0; r < block.count; ++r)
@@ -243,7 +248,8 @@ void quantise_panel(Isa isa, const TileOutput& out, Strip& strip, const void* x,
 
 void load_scales(const TileInput& in, Strip& strip, int64_t line, int64_t start, int64_t count) {
   const int64_t width = in.tile == kColumnTiles ? 1 : kTile;
-  const int64_t place = in.tile == kColumnTiles ? line * in.columns + start : line * tiles_along(in.columns) + start / kTile;
+  const int64_t place =
+      in.tile == kColumnTiles ? line * in.columns + start : line * tiles_along(in.columns) + start / kTile;
   for (int64_t i = 0; i < count; i += width) {
     const int64_t end = i + width < count ? i + width : count;
     std::fill(strip.scale + i, strip.scale + end, load_scale(in.scale, in.scales, place + i / width));

@@ -1,7 +1,7 @@
-// Rows and panels of values on their way into tiles, and rows of codes on their way out: what the operators that read or
-// write quantised tiles are made of.
+// Rows and panels of values on their way into tiles, and rows of codes on their way out: what the operators that read
+// or write quantised tiles are made of.
 //
-// Each function works on a strip, a few hundred columns, and chooses its instruction set itself: that costs a few
+// Each function works on a strip, hundreds of columns, and chooses its instruction set itself: that costs a few
 // nanoseconds a strip, and spares every operator a copy of all formats for every instruction set.
 #pragma once
 
@@ -12,8 +12,8 @@
 
 namespace abyssal {
 
-constexpr int64_t kTile = 128;         // values along an edge of a tile
-constexpr int64_t kStrip = 4 * kTile;  // columns that are converted at a time: 128 rows of them stay in cache
+constexpr int64_t kTile = 128;          // values along an edge of a tile
+constexpr int64_t kStrip = 12 * kTile;  // columns converted at a time: as many as a core's first cache has room for
 
 enum TileKind : int64_t { kRowTiles = 0, kColumnTiles = 1, kBlockTiles = 2 };  // 1x128, 128x1, 128x128
 

@@ -14,8 +14,8 @@
 namespace abyssal {
 namespace {
 
-constexpr int64_t kForkValues = 1 << 14;    // below this, waking threads costs more than it gains
-constexpr int64_t kPanelColumns = kStrip / 2;  // two panels of gradients fit into a core's cache
+constexpr int64_t kForkValues = 1 << 14;      // below this, waking threads costs more than it gains
+constexpr int64_t kPanelColumns = 4 * kTile;  // two panels of gradients fit into a core's second cache
 
 struct Arguments {
   const char* gate_up;  // (rows, 2 * width): gate, then up
@@ -56,7 +56,9 @@ struct GradientArguments {
   int64_t isa_limit;
 
   TileInput kept() const { return {kept_codes, kept_scales, kRowTiles, kept_code, kept_scale, width}; }
-  TileOutput rows_out() const { return {nullptr, nullptr, by_row, values_dtype, kRowTiles, row_code, row_scale, width}; }
+  TileOutput rows_out() const {
+    return {nullptr, nullptr, by_row, values_dtype, kRowTiles, row_code, row_scale, width};
+  }
   TileOutput columns_out() const {
     return {nullptr, nullptr, by_column, values_dtype, kColumnTiles, column_code, column_scale, 2 * width};
   }

@@ -1,7 +1,7 @@
 // Tiles of values quantised, and back: kernels/fp8_tiles.py defines the bytes, fp8_tiles.h has the arithmetic.
 //
-// Values are read once from memory: the scales of a panel (a strip of one row, or of 128) are found in a first pass over
-// it, and codes, scales and dequantised values are written in a second that finds it in cache.  The values may
+// Values are read once from memory: the scales of a panel (a strip of one row, or of 128) are found in a first pass
+// over it, and codes, scales and dequantised values are written in a second that finds it in cache.  The values may
 // themselves be codes in tiles along rows, or SwiGLU of such codes: a tensor is turned, or made again, without being
 // written in between.
 

@@ -1,4 +1,4 @@
-// Floating-point codes of 8 and 12 bits, and the scales of their tiles: the arithmetic that kernels/fp8_tiles.py defines.
+// Codes of 8 and 12 bits, and the scales of their tiles: the arithmetic that kernels/fp8_tiles.py defines.
 //
 // Integer and FP32 arithmetic without branches, which the compiler vectorises in any loop; each step is exact or a
 // rounding of IEEE's, so every instruction set gives the same bits.

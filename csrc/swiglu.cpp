@@ -27,7 +27,8 @@ void run(const Arguments& a) {
     call_vectorized(isa, [&]() ABYSSAL_INLINE_LAMBDA {
       for (int64_t t = begin; t < end; ++t) {
         const X* gate = reinterpret_cast<const X*>(a.gate_up) + t * a.stride;
-        row(gate, gate + a.width, weight_of(a.weights, a.weights_dtype, t), a.width, reinterpret_cast<X*>(a.y) + t * a.width);
+        const float weight = weight_of(a.weights, a.weights_dtype, t);
+        row(gate, gate + a.width, weight, a.width, reinterpret_cast<X*>(a.y) + t * a.width);
       }
     });
   };

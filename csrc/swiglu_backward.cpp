@@ -54,7 +54,8 @@ void run(const Arguments& a) {
         const X* gate = reinterpret_cast<const X*>(a.gate_up) + t * a.stride;
         const X* dh = reinterpret_cast<const X*>(a.dh) + t * a.width;
         X* dgate = reinterpret_cast<X*>(a.dgate_up) + t * 2 * a.width;
-        const float sum = row(gate, gate + a.width, dh, weight_of(a.weights, a.weights_dtype, t), a.width, dgate, dgate + a.width);
+        const float weight = weight_of(a.weights, a.weights_dtype, t);
+        const float sum = row(gate, gate + a.width, dh, weight, a.width, dgate, dgate + a.width);
         if (a.dweights) a.dweights[t] = sum;
       }
     });

@@ -25,7 +25,7 @@ FORMATS = st.builds(
     st.sampled_from(["float32", "ue8m0"]),
 )
 ROWS = st.one_of(st.integers(0, 9), st.sampled_from([127, 128, 129, 260]))
-COLUMNS = st.one_of(st.integers(0, 9), st.sampled_from([127, 128, 129, 511, 513, 640]))
+COLUMNS = st.one_of(st.integers(0, 9), st.sampled_from([127, 128, 129, 513, 1535, 1537, 1700]))
 LEADING = st.lists(st.integers(0, 3), max_size=2)
 
 
