@@ -24,11 +24,12 @@ void with_dtype(const void* x, int64_t dtype, const Body& body) {
 
 int64_t bytes_of_codes(int64_t code, int64_t columns) { return code == kE5m6 ? (columns + 1) / 2 * 3 : columns; }
 
-// Two codes of 12 bits and one of nothing, as 24 bits and back.
+// Two codes of 12 bits in a word of their own each, the first in the lower, as 24 bits and back.
 ABYSSAL_INLINE uint64_t join(uint64_t pair) { return (pair & 0xfffu) | (pair >> 20); }
 ABYSSAL_INLINE uint64_t part(uint64_t joined) { return (joined & 0xfffu) | (joined & 0xfff000u) << 20; }
 
-// Four codes are six bytes, written and read as a word of eight except at the end.  `codes` has room for one more.
+// Four codes are six bytes, written and read as a (little-endian) word of eight except at the end.  `codes` has room
+// for one more.
 ABYSSAL_INLINE void store_packed(uint32_t* codes, int64_t count, unsigned char* out) {
   if (count % 2) codes[count] = 0;
   const int64_t pairs = (count + 1) / 2, safe = pairs - 3;

@@ -30,6 +30,7 @@ def rms_norm_quantised(
     return composed(x_TD, weight_D, eps, form, dtype) if found is None else found
 
 
+@torch.no_grad()
 def composed(
     x_TD: Tensor, weight_D: Tensor, eps: float, form: TileFormat, dtype: torch.dtype
 ) -> tuple[Quantised, Tensor]:

@@ -80,6 +80,7 @@ def swiglu_gradients(
     return found
 
 
+@torch.no_grad()
 def composed_forward(
     gate_up_T2F: Tensor, weights_T: Tensor | None, kept: TileFormat, form: TileFormat, dtype: torch.dtype
 ) -> tuple[Quantised, Quantised, Tensor]:
@@ -88,6 +89,7 @@ def composed_forward(
     return quantise(_halves(gate_up_T2F), kept), *quantise_with_values(h_TF, form, dtype)
 
 
+@torch.no_grad()
 def composed_again(
     kept_T_2_F: Quantised,
     weights_T: Tensor | None,
@@ -99,6 +101,7 @@ def composed_again(
     return round_trip(swiglu(kept_T_2_F.values().flatten(-2), _wide(weights_T)), form, dtype, counts)
 
 
+@torch.no_grad()
 def composed_gradients(
     kept_T_2_F: Quantised,
     weights_T: Tensor | None,

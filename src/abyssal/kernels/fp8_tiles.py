@@ -8,6 +8,7 @@ comes back as NaN and spoils what it is multiplied into, where the trainer's gua
 
 The definition is :mod:`~abyssal.kernels.fp8_tiles_reference`, in PyTorch; where the C++ of
 :mod:`~abyssal.kernels.fp8_tiles_native` applies it runs instead, in one pass over memory, with the same bytes.
+Rounding has no gradient, so results never require one.
 
 Error bound.  For |x| up to 2^127 in a tile of scale s, m mantissa bits and smallest normal code 2^e:
 |dequantised - x| <= max(2^-(m+1) |x|, 2^(e-m-1) s) (1 + 2^-16) + 2^-149.  A cast to BF16 adds 2^-8 relative where the

@@ -19,6 +19,7 @@ _DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _NAN_E5M6 = 0x7E0
 
 
+@torch.no_grad()
 def quantise(x: Tensor, form: TileFormat, counts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """Codes and scales."""
     wide = x.float()
@@ -27,6 +28,7 @@ def quantise(x: Tensor, form: TileFormat, counts: Sequence[int] | None = None) -
     return codes, scales.to(torch.float8_e8m0fnu) if form.scale == "ue8m0" else scales
 
 
+@torch.no_grad()
 def dequantise(
     codes: Tensor,
     scales: Tensor,

@@ -197,6 +197,13 @@ def test_bf16_holds_values_under_powers_of_two_exactly(form: TileFormat) -> None
     assert not torch.equal(fractional.values(torch.bfloat16).float(), fractional.values())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_results_never_require_a_gradient(dtype: torch.dtype) -> None:
+    x = torch.ones(2, 130, dtype=dtype, requires_grad=True)
+    found, values = quantise_with_values(x, TileFormat(), dtype)
+    assert not any(part.requires_grad for part in (found.codes, found.scales, values, found.values()))
+
+
 def test_wrong_input_is_refused_by_name() -> None:
     rows = torch.ones(4, 8)
     with pytest.raises(ValueError, match=r"2 groups of 3 rows .* adding up to the rows"):
