@@ -6,16 +6,18 @@ looks for it afterwards, in a forward pass of its own, and costs a step that goe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from abyssal.data.batch import Batch
 from abyssal.model.experts import Experts
 from abyssal.model.transformer import Transformer
 from abyssal.precision.linear import Linear
-from abyssal.precision.operand import Operand, operand
+from abyssal.precision.operand import Activation, Operand, operand
 from abyssal.precision.recipe import LinearEntry
 from abyssal.train.loss import hidden_states, packed_step
 
@@ -24,18 +26,17 @@ from abyssal.train.loss import hidden_states, packed_step
 def describe_bad_tiles(model: Transformer, batch: Batch) -> str | None:
     """The inputs of products in FP8 with bad tiles, counted, the first of them by name; None where there are none."""
     found: list[tuple[str, int]] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda _, arguments, place=(name, entry): _count(found, place, arguments[0]))
-        for name, module in model.named_modules()
-        if (entry := _entry(module)) is not None and entry.fp8 is not None
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, Experts):
+                stack.enter_context(_counting(found, name, module, "gate_up", module.gate_up_entry))
+                stack.enter_context(_counting(found, name, module, "down", module.down_entry))
+            elif isinstance(module, Linear):
+                hook = module.register_forward_pre_hook(_hook(_looker(found, name, module.entry)))
+                stack.callback(hook.remove)
         tokens_BX = torch.from_numpy(batch.tokens_BX).to(model.embed.weight.device)
         for _ in hidden_states(model, tokens_BX, packed_step(model, batch)):
             pass
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not found:
         return None
     total = sum(number for _, number in found)
@@ -43,15 +44,35 @@ def describe_bad_tiles(model: Transformer, batch: Batch) -> str | None:
     return f"{total} {tiles} an infinity or a NaN, the first {found[0][1]} in the input of {found[0][0]}"
 
 
-def _entry(module: nn.Module) -> LinearEntry | None:
-    if isinstance(module, Experts):
-        return module.gate_up_entry
-    return module.entry if isinstance(module, Linear) else None
+@contextmanager
+def _counting(
+    found: list[tuple[str, int]], name: str, experts: Experts, product: str, entry: LinearEntry
+) -> Iterator[None]:
+    """Count in what one of the experts' products is given: they are methods, on which there are no hooks."""
+    run: Callable[..., Tensor] = getattr(experts, product)
+    look = _looker(found, f"{name}.{product}", entry)
+
+    def looking(rows: Activation, *arguments: Any) -> Tensor:
+        look(rows)
+        return run(rows, *arguments)
+
+    setattr(experts, product, looking)
+    try:
+        yield
+    finally:
+        delattr(experts, product)
 
 
-def _count(found: list[tuple[str, int]], place: tuple[str, LinearEntry], activation: Any) -> None:
-    name, entry = place
-    made = operand(activation, entry)
-    assert isinstance(made, Operand)
-    if number := made.codes.bad_tiles():
-        found.append((name, number))
+def _looker(found: list[tuple[str, int]], name: str, entry: LinearEntry) -> Callable[[Activation], None]:
+    """Notes the bad tiles of an activation that goes into the product ``name``."""
+
+    def look(activation: Activation) -> None:
+        made = operand(activation, entry)
+        if isinstance(made, Operand) and (number := made.codes.bad_tiles()):
+            found.append((name, number))
+
+    return look
+
+
+def _hook(look: Callable[[Activation], None]) -> Callable[[Any, tuple[Any, ...]], None]:
+    return lambda _, inputs: look(inputs[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from abyssal.model.transformer import Transformer
 from abyssal.precision.recipe import Fp8Options, Recipe, fp8_recipe
 from abyssal.spec.placement import Placement
 from abyssal.spec.tile_format import TileFormat
+from abyssal.train.bad_tiles import describe_bad_tiles
 from abyssal.train.config import OptimizerConfig, TrainConfig
 from abyssal.train.fault import TrainingFault
 from abyssal.train.loop import build_model, training_recipe
@@ -155,6 +157,27 @@ def test_a_tile_that_is_not_finite_stops_the_step_and_is_counted(value: float) -
         fault.value
     ) or "the first 1 in the input of layers.1.attention.q_a" in str(fault.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in found.model.state_dict().items())
+
+
+def test_bad_tiles_at_experts_are_counted_in_each_of_their_products() -> None:
+    moe = SPEC.moe
+    assert moe is not None
+    model = build_model(dataclasses.replace(SPEC, moe=dataclasses.replace(moe, num_shared_experts=0)), CONFIG)
+    assert describe_bad_tiles(model, batch()) is None
+    experts = model.get_submodule("layers.1.ffn.experts")
+    with torch.no_grad():
+        experts.get_parameter("w_gate_up_EFD").fill_(1e19)  # gate x up is beyond FP32, and each of them is not
+    assert re.search(
+        r"the first \d+ in the input of layers\.1\.ffn\.experts\.down$", describe_bad_tiles(model, batch()) or ""
+    )
+    model.get_submodule("layers.1.ffn_norm").register_forward_hook(
+        lambda _, __, output: output.index_put(
+            (torch.tensor([5]), torch.tensor([130])), torch.tensor(float("inf")).bfloat16()
+        )
+    )
+    found = describe_bad_tiles(model, batch())
+    assert found is not None and "the first 2 in the input of layers.1.ffn.experts.gate_up" in found  # a row a choice
+    assert {"gate_up", "down"}.isdisjoint(vars(experts))
 
 
 class Watched(LocalDispatcher):
