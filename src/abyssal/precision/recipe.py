@@ -213,6 +213,11 @@ class Fp8Options:
         for name in self.high_precision:
             if name not in get_args(Product):
                 raise ValueError(f"fp8.high_precision: no product is named {name!r}: choose among {_CHOICES}")
+        if self.granularity == "tensor" and self.gradient_tile != "1x128":
+            raise ValueError(
+                f"fp8.gradient_tile is {self.gradient_tile} and fp8.granularity tensor, which has no tiles: "
+                "leave one of the two out"
+            )
         fp8_recipe(self)
 
 

@@ -223,6 +223,11 @@ class TrainConfig:
             raise ValueError(
                 f"fp8 has options, but precision is {self.precision}; give precision fp8 (--precision fp8)"
             )
+        if self.model_format == "fp8" and self.fp8.granularity == "tensor":
+            raise ValueError(
+                "model_format is fp8 and fp8.granularity tensor, but FP8 checkpoints have scales by blocks: give "
+                "model_format bf16 or fp32"
+            )
         if self.ema_decay is not None:
             _check_range(self, 0, 1, "ema_decay")
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):

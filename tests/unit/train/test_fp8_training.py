@@ -70,6 +70,7 @@ def test_precision_fp8_is_the_paper_s_recipe_with_bf16_activations() -> None:
         ({"precision": "fp4"}, "precision is 'fp4'"),
         ({"compute": "float64"}, "precision is fp8 and compute float64"),
         ({"precision": "compute", "fp8": Fp8Options(scales="float32")}, "precision fp8"),
+        ({"model_format": "fp8", "fp8": Fp8Options(granularity="tensor")}, "model_format bf16 or fp32"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(fields: dict[str, object], named: str) -> None:
