@@ -35,7 +35,7 @@ from abyssal.model.norm import RMSNorm
 from abyssal.model.rope import apply_rotation, softmax_scale
 from abyssal.model.step import Step
 from abyssal.precision.linear import Linear, WeightQueue, grouped_linear
-from abyssal.precision.operand import Activation, kept_source, operand
+from abyssal.precision.operand import Activation, operand
 from abyssal.precision.recipe import Recipe
 from abyssal.spec.model import LATENT_NORM_EPS, GroupedQueryAttentionSpec, LatentAttentionSpec, ModelSpec
 from abyssal.spec.tile_format import TileFormat
@@ -111,7 +111,7 @@ class LatentAttention(nn.Module):
 
     def _up_query(self, up: Linear, x: Activation, layer: int, step: Step) -> Tensor:
         if self.forgets_up_projections:
-            source = kept_source(x)
+            source = up.source(x)
             step.forgotten.offer_query(layer, lambda: self._rotated(up(source()), step))
         return self._rotated(up(x, step.queue), step)
 
@@ -158,7 +158,7 @@ class LatentAttention(nn.Module):
         out, kept = attention_keeping(q_BSHQ, k_BLHQ, v_BLHV, group.past, self.scale, self.kept_output)
         if self.forgets_up_projections:
             query, rows = step.forgotten.query(layer), group.rows  # the group itself would keep its entries
-            source = kept_source(x)
+            source = self.kv_b.source(x)
             again = step.forgotten.shared(layer, lambda: self._keys_values(source(), rope))
             step.forgotten.forget(layer, q_BHSQ, lambda: self._by_head(query()[rows], sequences))
             step.forgotten.forget(layer, k_BHLQ, lambda: again()[0])

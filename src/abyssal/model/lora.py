@@ -18,7 +18,7 @@ Legend: T tokens, I input and O output features, r rank, E logical experts, A ro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -29,7 +29,7 @@ from abyssal.model.experts import Experts
 from abyssal.model.step import Step
 from abyssal.model.transformer import Transformer
 from abyssal.precision.linear import Linear, WeightQueue, grouped_linear, linear
-from abyssal.precision.operand import Activation
+from abyssal.precision.operand import Activation, kept_source
 
 Target = Literal["attention", "experts", "ffn"]
 
@@ -93,6 +93,9 @@ class AdaptedLinear(Adapted, Linear):
         a_rI, b_Or = self.adapter("weight")
         narrow_Tr = linear(x_TI, a_rI, self.entry.plain, queue) * self.lora_scale
         return super().forward(x_TI, queue) + linear(narrow_Tr, b_Or, self.entry.plain, queue)
+
+    def source(self, x_TI: Activation) -> Callable[[], Activation]:
+        return kept_source(x_TI, keeps_handle=True)  # the adapter reads and keeps it as it is
 
     def effective_weight(self) -> Tensor:
         return self.merged(self.weight, *self.adapter("weight"))

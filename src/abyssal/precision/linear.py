@@ -29,7 +29,7 @@ from abyssal.kernels.gemm import try_native
 from abyssal.kernels.grouped_gemm import grouped_gemm, grouped_gemm_input, grouped_gemm_weight
 from abyssal.kernels.matmul import matmul
 from abyssal.precision.fp8_linear import Fp8Linear, inference_product, quantised_weight
-from abyssal.precision.operand import Activation, Operand, operand, plain
+from abyssal.precision.operand import Activation, Operand, kept_source, operand, plain
 from abyssal.precision.recipe import LinearEntry
 
 
@@ -237,6 +237,10 @@ class Linear(nn.Module):
 
     def forward(self, x_TI: Activation, queue: WeightQueue | None = None) -> Tensor:
         return linear(x_TI, self.weight, self.entry, queue, self.parts)
+
+    def source(self, x_TI: Activation) -> Callable[[], Activation]:
+        """What gives ``x_TI``, which went into ``forward``, once more, from no more than the backward keeps of it."""
+        return kept_source(x_TI)
 
     def effective_weight(self) -> Tensor:
         """The matrix (O, I) that ``forward`` multiplies by: an adapter's part in it, rounded as it is quantised."""

@@ -84,12 +84,17 @@ def product_dtype(x_TI: Tensor, formats: ProductFormats) -> torch.dtype:
     return values_dtype(x_TI.dtype, formats.input, formats.weight, formats.gradient)
 
 
-def kept_source(x_TI: Activation) -> Callable[[], Activation]:
-    """What gives ``x_TI`` again without keeping alive more of it than the backward keeps."""
+def kept_source(x_TI: Activation, keeps_handle: bool = False) -> Callable[[], Activation]:
+    """What gives ``x_TI`` again without keeping alive more of it than the backward keeps.
+
+    Args:
+        keeps_handle: whether the backward keeps the activation itself as well, for a product that is not in FP8.
+    """
     if not isinstance(x_TI, Operand) or not isinstance(x_TI.kept, Quantised):
         return lambda: x_TI
     kept, dtype, values = x_TI.kept, x_TI.handle.dtype, x_TI.values.dtype
-    return lambda: Operand(kept.values(dtype), kept, kept.values(values), kept)
+    handle = x_TI.handle.detach() if keeps_handle else None
+    return lambda: Operand(kept.values(dtype) if handle is None else handle, kept, kept.values(values), kept)
 
 
 def plain(x_TI: Activation) -> Tensor:

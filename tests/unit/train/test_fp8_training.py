@@ -230,6 +230,23 @@ def test_adapters_train_beside_products_in_fp8() -> None:
     assert all(parameter.grad is None for name, parameter in other.named_parameters() if name not in found)
 
 
+def test_recomputing_changes_no_bit_of_the_adapters_gradients() -> None:
+    """They read their input as it is, so what is made again of queries and keys must, too."""
+
+    def adapters(recipe: Recipe) -> dict[str, Tensor]:
+        model = Transformer(SPEC, recipe)
+        model.init_weights(torch.Generator().manual_seed(0))
+        add_lora(model, LoraConfig(rank=4, targets=("attention", "experts", "ffn")), torch.Generator().manual_seed(0))
+        for name, parameter in lora_parameters(model).items():
+            if name.endswith("lora_b"):
+                torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(1))
+        training_loss(model, batch(), 0.3).total.backward()
+        return {name: p.grad for name, p in lora_parameters(model).items() if p.grad is not None}
+
+    wanted, got = adapters(fp8_recipe()), adapters(fp8_recipe(recompute=("norm", "up_projection", "swiglu")))
+    assert wanted.keys() == got.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
 def test_a_small_model_learns_as_in_bf16() -> None:
     ends = {}
     for precision in ("compute", "fp8"):
