@@ -98,12 +98,12 @@ class AdaptedLinear(Adapted, Linear):
         return kept_source(x_TI, keeps_handle=True)  # the adapter reads and keeps it as it is
 
     def effective_weight(self) -> Tensor:
-        return self.merged(self.weight, *self.adapter("weight"))
+        return self.merged(super().effective_weight(), *self.adapter("weight"))
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the adapter into the base."""
-        self.weight.copy_(self.effective_weight())
+        """Fold the adapter into the base, whose own values stay as exact as they are."""
+        self.weight.copy_(self.merged(self.weight, *self.adapter("weight")))
 
 
 class AdaptedExperts(Adapted, Experts):

@@ -14,9 +14,11 @@ from abyssal.data.batch import Batch
 from abyssal.kernels.fp8_tiles import quantise
 from abyssal.model.context import PackedBatch
 from abyssal.model.dispatch import LocalDispatcher, start_dispatch
-from abyssal.model.lora import LoraConfig, add_lora, lora_parameters
+from abyssal.model.experts import Experts
+from abyssal.model.lora import LoraConfig, add_lora, lora_parameters, merge_lora
 from abyssal.model.stages import STAGES, StageIO, StageRun
 from abyssal.model.transformer import Transformer
+from abyssal.precision.linear import Linear
 from abyssal.precision.recipe import Fp8Options, Recipe, fp8_recipe
 from abyssal.spec.placement import Placement
 from abyssal.spec.tile_format import TileFormat
@@ -96,7 +98,9 @@ def test_cut_stages_equal_the_whole_layer_bit_for_bit() -> None:
     model = Transformer(SPEC, fp8_recipe())
     model.init_weights(torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(3)
-    x_TD, gradient_TD = (torch.randn(24, SPEC.hidden_size, generator=generator).bfloat16() for _ in range(2))
+    # Of many magnitudes: values alike come back the same whichever of their tiles they were rounded in.
+    normal = (torch.randn(24, SPEC.hidden_size, generator=generator) for _ in range(4))
+    x_TD, gradient_TD = ((next(normal) * (3 * next(normal)).exp()).bfloat16() for _ in range(2))
     for block in model.blocks():
         leaf = x_TD.clone().requires_grad_()
         block(leaf, model.step(PackedBatch([12, 12]))).backward(gradient_TD)
@@ -208,6 +212,33 @@ def test_tokens_and_gradients_are_sent_in_fp8_and_summed_in_bf16() -> None:
     assert dispatcher.combined == [torch.bfloat16, torch.bfloat16]
 
 
+def test_gate_and_up_have_tiles_of_their_own() -> None:
+    """Whatever size the gate has, up and its gradient are rounded as if it were not there."""
+    model = Transformer(SPEC, fp8_recipe(activations="float32"))
+    model.init_weights(torch.Generator().manual_seed(0))
+    experts = model.get_submodule("layers.1.ffn.experts")
+    assert isinstance(experts, Experts) and experts.w_gate_up_EFD.shape[1] == 60  # both halves within 128
+    rows_AD, counts, step = torch.randn(9, SPEC.hidden_size), [4, 0, 3, 2], model.step(PackedBatch([9]))
+
+    def up_and_gradients(size: float) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            experts.w_gate_up_EFD[:, :30] = size
+        gradient = torch.cat([torch.full((9, 30), size), torch.linspace(-1, 1, 270).view(9, 30).exp()], 1)
+        experts.zero_grad()
+        out = experts.gate_up(rows_AD, counts, step)
+        out.backward(gradient)
+        assert experts.w_gate_up_EFD.grad is not None
+        leaf = rows_AD.clone().requires_grad_()
+        with torch.no_grad():
+            experts.w_gate_up_EFD[:, :30] = 0  # then the rows' gradient is up's alone
+        experts.gate_up(leaf, counts, step).backward(gradient)
+        assert leaf.grad is not None
+        return out[:, 30:].detach(), experts.w_gate_up_EFD.grad[:, 30:].clone(), leaf.grad
+
+    small, large = up_and_gradients(1e-3), up_and_gradients(1e6)
+    assert all(torch.equal(one, other) for one, other in zip(small, large, strict=True))
+
+
 def test_what_arrives_is_what_was_quantised() -> None:
     form = TileFormat("e4m3", "1x128", "ue8m0")
     dispatcher = LocalDispatcher({1: Placement.identity(4)})
@@ -228,6 +259,18 @@ def test_adapters_train_beside_products_in_fp8() -> None:
     found = lora_parameters(other)
     assert all(parameter.grad is not None for name, parameter in found.items() if name.endswith("lora_b"))
     assert all(parameter.grad is None for name, parameter in other.named_parameters() if name not in found)
+
+
+def test_an_adapter_s_effective_weight_is_what_is_multiplied_and_merging_rounds_nothing() -> None:
+    model = Transformer(SPEC, fp8_recipe())
+    model.init_weights(torch.Generator().manual_seed(0))
+    kv_b = model.get_submodule("layers.0.attention.kv_b")
+    assert isinstance(kv_b, Linear)
+    exact, read = kv_b.weight.detach().clone(), kv_b.effective_weight().detach()
+    add_lora(model, LoraConfig(rank=4), torch.Generator().manual_seed(0))
+    assert not torch.equal(exact, read) and torch.equal(kv_b.effective_weight().detach(), read)  # B is zero yet
+    merge_lora(model)
+    assert torch.equal(kv_b.weight, exact)
 
 
 def test_recomputing_changes_no_bit_of_the_adapters_gradients() -> None:
