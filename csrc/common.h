@@ -83,6 +83,14 @@ ABYSSAL_INLINE float widen(uint16_t bits) { return from_bf16(bits); }
 ABYSSAL_INLINE void narrow(float value, float* out) { *out = value; }
 ABYSSAL_INLINE void narrow(float value, uint16_t* out) { *out = to_bf16(value); }
 
+// What is left of a value that is stored as an X.
+template <typename X>
+ABYSSAL_INLINE float rounded(float value) {
+  X stored;
+  narrow(value, &stored);
+  return widen(stored);
+}
+
 inline int64_t bytes_of(int64_t dtype) { return dtype == kBFloat16 ? 2 : 4; }
 
 inline bool is_dtype(int64_t dtype) { return dtype == kFloat32 || dtype == kBFloat16; }

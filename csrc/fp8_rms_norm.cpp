@@ -1,4 +1,4 @@
-// RMSNorm whose FP32 result is quantised in tiles along rows, without being written in between.
+// RMSNorm whose result, rounded to the dtype of its input, is quantised in tiles along rows.
 
 #include <memory>
 
@@ -32,14 +32,14 @@ void run(const Arguments& a) {
   const TileOutput out = {a.codes, a.scales, a.values, a.values_dtype, kRowTiles, a.code, a.scale, a.width};
   const auto work = [&](int64_t begin, int64_t end) {
     Strip strip;
-    const std::unique_ptr<float[]> y(new float[a.width]);
+    const std::unique_ptr<X[]> y(new X[a.width]);
     for (int64_t row = begin; row < end; ++row) {
       call_vectorized(isa, [&]() ABYSSAL_INLINE_LAMBDA {
         normalise(reinterpret_cast<const X*>(a.x) + row * a.x_stride, static_cast<const W*>(a.weight), a.width, a.eps,
                   y.get());
       });
       for (int64_t start = 0; start < a.width; start += kStrip)
-        quantise_row(isa, out, strip, y.get() + start, kFloat32, row, start,
+        quantise_row(isa, out, strip, y.get() + start, a.dtype, row, start,
                      start + kStrip < a.width ? kStrip : a.width - start);
     }
   };

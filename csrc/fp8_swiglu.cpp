@@ -80,7 +80,7 @@ void forward(const Arguments& a) {
         quantise_row(isa, kept, strip, gate, a.dtype, 2 * row, start, count);
         quantise_row(isa, kept, strip, up, a.dtype, 2 * row + 1, start, count);
         call_vectorized(isa, [&]() ABYSSAL_INLINE_LAMBDA {
-          for (int64_t i = 0; i < count; ++i) h[i] = swiglu_value(widen(gate[i]), widen(up[i]), weight);
+          for (int64_t i = 0; i < count; ++i) h[i] = rounded<X>(swiglu_value(widen(gate[i]), widen(up[i]), weight));
         });
         quantise_row(isa, out, strip, h, kFloat32, row, start, count);
       }
@@ -104,6 +104,10 @@ ABYSSAL_INLINE void row_gradients(float* gate, float* up, const X* dh, float wei
     }
   for (int64_t i = whole; i < count; ++i)
     sums[i - whole] += swiglu_gradient(gate[i], up[i], widen(dh[i]), weight, gate + i, up + i);
+  for (int64_t i = 0; i < count; ++i) {
+    gate[i] = rounded<X>(gate[i]);
+    up[i] = rounded<X>(up[i]);
+  }
 }
 
 // Gradients of `count` columns from `start` on of the rows of a block, and what the weights have of them.

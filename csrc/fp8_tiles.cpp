@@ -16,6 +16,7 @@ namespace abyssal {
 namespace {
 
 constexpr int64_t kForkValues = 1 << 16;  // below this, waking threads costs more than it gains
+enum Gated : int64_t { kNotGated = 0, kGatedFloat32 = 1, kGatedBFloat16 = 2 };
 constexpr int64_t kRowsAtATime = 8;       // where each row has tiles of its own
 
 struct Arguments {
@@ -28,7 +29,8 @@ struct Arguments {
   char* values;           // contiguous, or null
   const int64_t* counts;  // rows of each group for tiles along columns, or null; one matrix
   int64_t x_dtype, weights_dtype, values_dtype;
-  int64_t kept_code, kept_scale, gated;  // gated: rows of codes are gate, up, gate, up, ..., and x is their SwiGLU
+  int64_t kept_code, kept_scale;
+  int64_t gated;  // a Gated: rows of codes are gate, up, gate, up, ..., and x is their SwiGLU, rounded
   int64_t tile, code, scale;
   int64_t matrices, rows, columns, num_counts;
   int64_t matrix_stride, stride;  // of x, in values; those of a row are contiguous
@@ -62,6 +64,8 @@ void read_kept(Isa isa, const Arguments& a, Strip& strip, int64_t row, int64_t s
   const float weight = weight_of(a.weights, a.weights_dtype, row);
   call_vectorized(isa, [&]() ABYSSAL_INLINE_LAMBDA {
     for (int64_t i = 0; i < count; ++i) out[i] = swiglu_value(out[i], up[i], weight);
+    if (a.gated == kGatedBFloat16)
+      for (int64_t i = 0; i < count; ++i) out[i] = rounded<uint16_t>(out[i]);
   });
 }
 

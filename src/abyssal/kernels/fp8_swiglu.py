@@ -1,9 +1,9 @@
 """SwiGLU between quantised products: its input kept in FP8, its output made in FP8, both ways [V3 sections 3.2.3, 3.3].
 
 Between the two products of an expert lie h = silu(gate) · up · w and its quantisation.  What is kept for the backward
-is the input [gate; up] in ``1x128`` tiles; h is made again from it there.  One rule says what the bytes are: SwiGLU is
-that of :mod:`~abyssal.kernels.swiglu` in FP32, and its FP32 result is quantised as it is, not rounded to the
-activations' dtype in between; the same holds for the gradients.  So the forward's h is that of the exact input, and the
+is the input [gate; up] in ``1x128`` tiles; h is made again from it there.  One rule says what the bytes are: SwiGLU and
+its gradients are those of :mod:`~abyssal.kernels.swiglu`, rounded to the activations' dtype as if they were stored, and
+then quantised.  So fusing changes the speed and no byte.  The forward's h is that of the exact input, and the
 backward's that of the kept one, which is where their values differ.
 
 The two halves of the input are quantised as two matrices, as the products before them and the checkpoint see them: a
@@ -51,11 +51,13 @@ def swiglu_again(
     form: TileFormat,
     dtype: torch.dtype,
     counts: Sequence[int] | None = None,
+    activation: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """(T, F): the values in ``form`` of h made from what was kept; ``counts`` are the groups of ``128x1`` tiles."""
+    """(T, F): the values in ``form`` of h made from what was kept; ``counts`` are the groups of ``128x1`` tiles, and
+    ``activation`` is the dtype that h is rounded to before."""
     parts = kept_T_2_F.codes, kept_T_2_F.scales, kept_T_2_F.form, kept_T_2_F.columns
-    found = tiles.swiglu_turned(*parts, weights_T, form, dtype, counts)
-    return composed_again(kept_T_2_F, weights_T, form, dtype, counts) if found is None else found
+    found = tiles.swiglu_turned(*parts, weights_T, activation, form, dtype, counts)
+    return composed_again(kept_T_2_F, weights_T, form, dtype, counts, activation) if found is None else found
 
 
 def swiglu_gradients(
@@ -85,7 +87,7 @@ def composed_forward(
     gate_up_T2F: Tensor, weights_T: Tensor | None, kept: TileFormat, form: TileFormat, dtype: torch.dtype
 ) -> tuple[Quantised, Quantised, Tensor]:
     """The definition of :func:`swiglu_quantised`."""
-    h_TF = swiglu(gate_up_T2F.float(), _wide(weights_T))
+    h_TF = swiglu(gate_up_T2F, weights_T)
     return quantise(_halves(gate_up_T2F), kept), *quantise_with_values(h_TF, form, dtype)
 
 
@@ -96,9 +98,11 @@ def composed_again(
     form: TileFormat,
     dtype: torch.dtype,
     counts: Sequence[int] | None = None,
+    activation: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """The definition of :func:`swiglu_again`."""
-    return round_trip(swiglu(kept_T_2_F.values().flatten(-2), _wide(weights_T)), form, dtype, counts)
+    h_TF = swiglu(kept_T_2_F.values().flatten(-2), _wide(weights_T)).to(activation)
+    return round_trip(h_TF, form, dtype, counts)
 
 
 @torch.no_grad()
@@ -114,6 +118,7 @@ def composed_gradients(
     """The definition of :func:`swiglu_gradients`."""
     gate_up_T2F = kept_T_2_F.values().flatten(-2)
     dgate_up_T2F, dweights_T = swiglu_backward(gate_up_T2F, _wide(weights_T), dh_TF.float())
+    dgate_up_T2F = dgate_up_T2F.to(dh_TF.dtype)
     rows_T2F = round_trip(_halves(dgate_up_T2F), by_row, dtype).flatten(-2)
     columns_T2F = round_trip(dgate_up_T2F, by_column, dtype, counts)
     if weights_T is None or dweights_T is None:

@@ -62,7 +62,7 @@ class _Source:
     x_code: int = 0
     strides: Sequence[int] = (0, 0)
     kept: KeptPointers = KeptPointers()
-    gated: bool = False
+    gated: int = 0
     weights: Tensor | None = None
 
 
@@ -136,13 +136,17 @@ def swiglu_turned(
     kept: TileFormat,
     columns: int,
     weights: Tensor | None,
+    activation: torch.dtype,
     form: TileFormat,
     dtype: torch.dtype,
     counts: Sequence[int] | None = None,
     *,
     isa_limit: int = -1,
 ) -> Tensor | None:
-    """As :func:`turn`, of SwiGLU of (rows, 2, columns) and routing weights (rows,): (rows, columns)."""
+    """As :func:`turn`, of SwiGLU of (rows, 2, columns) and routing weights (rows,), rounded to ``activation``: (rows,
+    columns)."""
+    if activation not in DTYPE_CODES:
+        return None
     if codes.ndim != 3 or form.tile not in _TILES or not is_kept(codes, scales, kept, columns):
         return None
     if weights is not None and (weights.dtype not in DTYPE_CODES or weights.shape != codes.shape[:1]):
@@ -150,7 +154,7 @@ def swiglu_turned(
     codes, scales, weights = codes.contiguous(), scales.contiguous(), None if weights is None else weights.contiguous()
     shape = len(codes), columns
     pointers = KeptPointers(codes.data_ptr(), scales.data_ptr(), *format_codes(kept))
-    source = _Source(shape, (1, *shape), kept=pointers, gated=True, weights=weights)
+    source = _Source(shape, (1, *shape), kept=pointers, gated=1 + DTYPE_CODES[activation], weights=weights)
     found = _run(source, form, dtype, counts, False, isa_limit)
     return None if found is None else found.values
 

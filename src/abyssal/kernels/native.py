@@ -22,7 +22,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-ABI_VERSION = 14
+ABI_VERSION = 15
 """What ``abyssal_abi_version()`` in ``csrc/`` must answer."""
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}

@@ -70,6 +70,6 @@ def _quantised(gate_up_T2F: Tensor, weights_T: Tensor | None, form: TileFormat, 
     handle = _Backward.apply(gate_up_T2F, weights_T, values.to(gate_up_T2F.dtype), kept)
 
     def again(turned: TileFormat, counts: Sequence[int] | None) -> Tensor:
-        return swiglu_again(kept, weights, turned, torch.float32, counts)
+        return swiglu_again(kept, weights, turned, torch.float32, counts, activation)
 
     return Operand(handle, codes, values, again)

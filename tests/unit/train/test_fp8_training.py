@@ -291,10 +291,11 @@ def test_recomputing_changes_no_bit_of_the_adapters_gradients() -> None:
 
 
 def test_a_small_model_learns_as_in_bf16() -> None:
-    ends = {}
+    """The same rows again and again: the losses on the way down, added up."""
+    sums = {}
     for precision in ("compute", "fp8"):
         found = trainer(compute="bfloat16", precision=precision, steps=12, optimizer=OptimizerConfig(lr=3e-3))
         losses = [found.step(batch()).loss for _ in range(12)]
-        assert losses[-1] < 0.8 * losses[0]
-        ends[precision] = losses[-1]
-    assert ends["fp8"] != ends["compute"] and ends["fp8"] == pytest.approx(ends["compute"], rel=0.05)
+        assert losses[-1] < 0.01 * losses[0]
+        sums[precision] = sum(losses)
+    assert sums["fp8"] != sums["compute"] and sums["fp8"] == pytest.approx(sums["compute"], rel=0.1)
