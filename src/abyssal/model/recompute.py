@@ -6,6 +6,9 @@ back: :meth:`Forgotten.forget` empties its storage once the consumers have run, 
 it again, with the same bits, when the backward reaches the block.  The graph of autograd does not change and nothing
 else runs twice (no router, so no expert is counted again); a block cut into stages works like a whole one.
 
+One tensor comes back a little other than it was: the output of SwiGLU of which a recipe keeps the input in FP8, before
+a product that is not in FP8.  It is made of what was kept (:mod:`abyssal.precision.swiglu`).
+
 The trade-off not taken: checkpointing whole blocks, which saves more memory and repeats attention and experts too.
 """
 

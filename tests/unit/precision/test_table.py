@@ -72,6 +72,12 @@ def test_switches_show() -> None:
     assert form_name(TileFormat("e4m3", "tensor", "float32")) == "E4M3 a tensor, FP32"
 
 
+def test_what_is_sent_and_kept_after_attention_has_powers_of_two_whatever_the_products_have() -> None:
+    rows = dict(other_rows(fp8_recipe(Fp8Options(scales="float32"))))
+    assert rows["what attention keeps of its output"] == "E5M6 1×128, 2^k"
+    assert next(form for name, form in rows.items() if name.startswith("tokens sent")) == "E4M3 1×128, 2^k"
+
+
 def test_the_table_is_free_of_torch() -> None:
     code = "import sys, abyssal.precision.table; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

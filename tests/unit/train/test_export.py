@@ -65,15 +65,17 @@ def test_a_run_in_fp8_is_saved_and_exported_as_its_products_read_it(
     scales: Literal["ue8m0", "float32"], prepared: PreparedData, tmp_path: Path
 ) -> None:
     options = Fp8Options(scales=scales)
-    config = dataclasses.replace(SAVING, ema_decay=None, precision="fp8", fp8=options, model_format="fp8")
+    config = dataclasses.replace(SAVING, precision="fp8", fp8=options, model_format="fp8")
     folder = RunFolder(tmp_path / "run")
     run_training(folder, run_of(prepared, SPEC, config))
     export_checkpoint(folder.path, tmp_path / "master", "fp32")
+    export_checkpoint(folder.path, tmp_path / "average", "fp32", average=True)
     assert main(["convert", str(folder.path), str(tmp_path / "fp8"), "--dtype", "fp8"]) == 0
-    master = load_model(tmp_path / "master").state_dict()
+    masters = {name: load_model(tmp_path / name).state_dict() for name in ("master", "average")}
     formats = fp8_recipe(options).fp8
     assert formats is not None
-    for model in (folder.model, tmp_path / "fp8"):
+    for model in (folder.model, tmp_path / "fp8", folder.average):
+        master = masters["average" if model == folder.average else "master"]
         found = load_model(model, torch.float32).state_dict()
         pieces = [piece for piece in checkpoint_table(SPEC) if piece.storage == "block"]
         for piece in pieces:
