@@ -1,6 +1,6 @@
 """Does training in FP8 reach the loss of BF16 [V3 section 3.3]?  Paired runs on the same rows from the same weights.
 
-    python benchmarks/fp8_loss.py bf16 fp8 [--seeds 3] [--threads 1] [--lr 5e-4] [--out FOLDER] [--smoke] [--report]
+    python benchmarks/fp8_loss.py bf16 fp8 [--seeds 3] [--threads 1] [--lr 2.5e-4] [--out FOLDER] [--smoke] [--report]
 
 Every run is a folder under OUT/runs with a checkpoint every hundred steps: the same command goes on where a killed one
 stopped, and skips what is finished.  Arms are trained seed by seed, so that what is there can be compared at any time:

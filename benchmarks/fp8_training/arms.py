@@ -90,7 +90,7 @@ class Scale:
     held_out_batches: int
     """Of every validation, the last too."""
     save_every: int = 100
-    learning_rate: float = 5e-4
+    learning_rate: float = 2.5e-4
 
     def config(self, arm: Arm, seed: int) -> TrainConfig:
         """The run of an arm at a seed."""

@@ -1,7 +1,8 @@
 """RMSNorm that leaves its result quantised: what a product in FP8 reads [V3 section 3.3].
 
 The norm is that of :mod:`~abyssal.kernels.rms_norm`, rounded to the activations' dtype as if it were stored, and then
-quantised: fusing changes the speed and no byte.  The C++ of ``csrc/fp8_rms_norm.cpp`` does it in one pass.
+quantised: fusing changes the speed and no byte.  The model composes, since router and adapters read the norm as it is.
+The C++ of ``csrc/fp8_rms_norm.cpp`` does it in one pass.
 
 Legend: T rows, D features.
 """

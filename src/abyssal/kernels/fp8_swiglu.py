@@ -9,8 +9,9 @@ backward's that of the kept one, which is where their values differ.
 The two halves of the input are quantised as two matrices, as the products before them and the checkpoint see them: a
 tile never holds values of both.
 
-Each function is one pass in C++ (``csrc/fp8_swiglu.cpp``, and ``csrc/fp8_tiles.cpp`` for h made again), with the bytes
-of the composition, which runs where the C++ does not apply.
+The model calls the forward, and h made again.  Its gradients travel the graph in the activations' dtype and are
+quantised by the product that reads them, to the same bytes.  Each function is one pass in C++ (``csrc/fp8_swiglu.cpp``,
+and ``csrc/fp8_tiles.cpp`` for h made again) with the bytes of the composition, which runs where the C++ does not apply.
 
 Legend: T rows (tokens sorted by expert), F hidden width, ``2F`` the columns [gate; up], ``_T_2_F`` the same as halves.
 """

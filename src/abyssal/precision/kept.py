@@ -4,7 +4,8 @@ The table that the memory planner adds up, and that a test holds against what a 
 of latent attention and of feed-forwards that are dense or mixtures, on one rank.  Free of torch.
 
 Not counted: the weights' operands (one byte a weight in FP8, two in BF16 beside FP32 parameters), the rotation that all
-layers share, and what balance losses keep.
+layers share, and what balance losses keep.  Sequences of several lengths (a mask between documents) attend group by
+group: then attention and the product after it each keep their own copy of the output in the recipe's format.
 
 Legend: T tokens, A rows at experts.
 """

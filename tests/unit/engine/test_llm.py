@@ -66,7 +66,7 @@ def test_only_prompts_are_expanded(model: Transformer, monkeypatch: pytest.Monke
     rows: list[int] = []
     expanded = LatentAttention._expanded
 
-    def record(self: LatentAttention, q: torch.Tensor, *rest) -> torch.Tensor:
+    def record(self: LatentAttention, q: torch.Tensor, *rest: Any) -> Any:
         rows.append(q.shape[-3])
         return expanded(self, q, *rest)
 

@@ -73,7 +73,7 @@ def test_switches_show() -> None:
 
 
 def test_what_is_sent_and_kept_after_attention_has_powers_of_two_whatever_the_products_have() -> None:
-    rows = dict(other_rows(fp8_recipe(Fp8Options(scales="float32"))))
+    rows = {name: form for name, form in other_rows(fp8_recipe(Fp8Options(scales="float32")))}
     assert rows["what attention keeps of its output"] == "E5M6 1×128, 2^k"
     assert next(form for name, form in rows.items() if name.startswith("tokens sent")) == "E4M3 1×128, 2^k"
 

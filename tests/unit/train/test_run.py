@@ -140,7 +140,7 @@ def test_a_record_older_than_a_field_has_its_default(prepared: PreparedData, tmp
     record = json.loads(folder.record.read_text())
     del record["config"]["precision"], record["config"]["fp8"]
     folder.record.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match='has config.precision "compute", and this one "fp8"'):
+    with pytest.raises(ValueError, match=r'has config\.precision "compute", and this one "fp8"'):
         run_training(folder, run_of(prepared, SPEC, dataclasses.replace(config, precision="fp8")), resume=True)
     assert run_training(folder, run_of(prepared, SPEC, config), resume=True).trainer.steps_done == 6
 
