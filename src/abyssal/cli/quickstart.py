@@ -36,7 +36,7 @@ class Options:
     out: Path = Path("runs/quickstart")
     """The run's folder: model, metrics.jsonl, quickstart.png. Replaced if an earlier quickstart made it."""
     steps: int | None = None
-    """Training steps; by default as many as take under five minutes on two CPU cores."""
+    """Training steps; by default as many as take three to five minutes on two CPU cores."""
 
 
 def main(argv: list[str]) -> int:
