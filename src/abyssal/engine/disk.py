@@ -97,7 +97,7 @@ def page_space(model: Transformer, tokenizer: Tokenizer | None, weights: str = "
                 abyssal.__version__,
                 f"kernels {native.ABI_VERSION} {native.isa_name()}",
                 f"torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()} {model.embed.weight.device.type}",
-                repr(model.recipe),
+                model.recipe.identity(),
             )
         ),
     )

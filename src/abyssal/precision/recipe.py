@@ -11,8 +11,9 @@ may be asked to do otherwise is :class:`Fp8Options`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Literal, get_args
 
 from tyro.conf import arg
@@ -147,6 +148,10 @@ class Recipe:
                 raise ValueError(f"{name} has {form.tile} tiles: a token's values are kept and sent in 1x128")
             if form is not None and name == "dispatch" and form.code == "e5m6":
                 raise ValueError("dispatch is e5m6, which no tensor core multiplies on arrival: choose e4m3 or e5m2")
+
+    def identity(self) -> str:
+        """A text that equal recipes share in every process, which the order of a set does not."""
+        return json.dumps(asdict(self), default=sorted, sort_keys=True)
 
     def product(self, name: Product) -> LinearEntry:
         """The entry of one product.  The gate is in FP32 always [V3 section 3.3.1].

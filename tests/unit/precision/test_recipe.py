@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -41,3 +44,16 @@ def test_what_cannot_be_is_refused_by_name(make: Callable[[], object], named: st
 def test_one_scale_a_tensor_can_be_applied_after_any_sum() -> None:
     formats = fp8_recipe(Fp8Options(granularity="tensor", scales="float32", accumulation="tensor_core")).fp8
     assert formats is not None and formats.accumulation == "tensor_core" and formats.weight.tile == "tensor"
+
+
+def test_a_recipe_is_known_by_the_same_text_in_every_process() -> None:
+    """Pages on disk are found by it; a set's order changes with the seed of hashes."""
+    code = "from abyssal.precision.recipe import fp8_recipe; print(fp8_recipe(recompute=('norm', 'swiglu')).identity())"
+    texts = [
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, check=True, capture_output=True
+        ).stdout.decode()
+        for seed in ("1", "2", "3")
+    ]
+    assert texts == [fp8_recipe(recompute=("swiglu", "norm")).identity() + "\n"] * 3
+    assert texts[0] != fp8_recipe().identity() + "\n"
