@@ -91,7 +91,10 @@ def finished(page: Page) -> None:
     expect(page.get_by_role("button", name="Send")).to_be_visible()
 
 
-def test_an_answer_streams_in_with_its_reasoning_folded(opened: Opener) -> None:
+def test_an_answer_streams_in_with_its_reasoning_folded(
+    opened: Opener, scripted: tuple[str, BusyService], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scripted[1], "pause", 0.02)  # a second of thinking, which a busy browser still sees
     page = opened()
     ask(page, "How does attention work?")
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
