@@ -1,7 +1,7 @@
 """Matrix products as this processor computes them fastest.
 
 torch multiplies BF16 on CPU through oneDNN, which wants AVX-512; on other processors it falls back to a loop that is
-fifty to a hundred times slower than the product in FP32.  There, BF16 operands are raised to FP32, multiplied, and the
+slower than the product in FP32 by far.  There, BF16 operands are raised to FP32, multiplied, and the
 result rounded once, at nearly the speed of FP32.
 
 Error bound: one product accumulated in FP32 (FP64 for FP64), rounded once to the operands' dtype.
