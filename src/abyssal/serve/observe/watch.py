@@ -98,12 +98,14 @@ class RequestWatch:
                 self._observer.figures.first_token(self._model, self._first)
         last = self._last.get(choice)
         self._last[choice] = now
-        if last is None:
+        # Tokens that came with a choice's first have no time between them: counts are tokens less one, however they came.
+        gap, between = ((now - last) / count, count) if last is not None else (0.0, count - 1)
+        if not between:
             return
         if self._prepared is not None:
-            self._model.between_tokens.add((now - last) / count, count)
+            self._model.between_tokens.add(gap, between)
         elif len(self._gaps) < 100_000:
-            self._gaps.append((now - last, count))
+            self._gaps.append((gap, between))
 
     def end(self, outcome: Outcome) -> None:
         seconds = self._observer.ticks() - self._arrival.at

@@ -80,6 +80,19 @@ def test_choices_have_their_own_times_between_tokens() -> None:
     assert (between.count, between.sum) == (2, 2.0)
 
 
+def test_tokens_that_came_with_the_first_have_no_time_between_them() -> None:
+    observer, clock, figures = observer_of()
+    watch = observer.begin(ARRIVAL)
+    watch.prepared(PREPARED, ORIGIN)
+    for ids in ((1, 2, 3), (4, 5)):
+        clock.now += 1
+        watch.event(tokens(*ids))
+    watch.end(DONE)
+    between = figures.models["tiny"].between_tokens
+    assert (between.count, between.sum) == (4, 1.0)
+    assert between.counts[0] == 2
+
+
 def test_a_client_that_left_and_an_error_are_told_apart() -> None:
     observer, clock, figures = observer_of()
     serve(observer, clock, replace(DONE, disconnected=True))
