@@ -29,6 +29,7 @@ class Block(nn.Module):
     Args:
         layer: number of the block; MTP modules count on after the last layer.
         dense: whether the feed-forward is dense.
+        expert_rank: which of the placement's ranks this is.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Block(nn.Module):
         placement: Placement | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        expert_rank: int = 0,
     ) -> None:
         super().__init__()
         self.layer = layer
@@ -52,7 +54,7 @@ class Block(nn.Module):
         if dense:
             self.ffn = FFN(spec.hidden_size, spec.dense_ffn_size, recipe, "dense", device, dtype)
         else:
-            self.ffn = MoE(spec, recipe, placement, device, dtype)
+            self.ffn = MoE(spec, recipe, placement, device, dtype, expert_rank)
 
     def forward(self, x_TD: Tensor, step: Step) -> Tensor:
         """The stages in a row, as one native call where that is the same."""

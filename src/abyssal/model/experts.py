@@ -1,7 +1,8 @@
 """Feed-forward layers: SwiGLU, the stacked routed experts, and the mixture of both [V3 eq. 12].
 
 Routed experts are *slots*: tensors stacked by local physical slot, filled from logical experts by a placement.  A hot
-expert may have several slots; :meth:`Experts.load_slots` changes what a slot holds while the model lives.
+expert may have several slots, on this rank or another; :meth:`Experts.load_slots` changes what a slot holds while the
+model lives.
 
 Legend: D model, F expert hidden (gate and up together in ``w_gate_up_EFD``), E local slots, A rows sorted by slot.
 """
@@ -73,7 +74,11 @@ def _hidden(
 
 
 class Experts(nn.Module):
-    """The routed experts of one layer on this rank."""
+    """The routed experts of one layer on this rank.
+
+    Args:
+        rank: which of the placement's ranks this is.
+    """
 
     def __init__(
         self,
@@ -82,11 +87,13 @@ class Experts(nn.Module):
         recipe: Recipe,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        rank: int = 0,
     ) -> None:
         super().__init__()
         assert spec.moe is not None
-        hidden, width, slots = spec.hidden_size, spec.moe.expert_ffn_size, len(placement.slots)
+        hidden, width, slots = spec.hidden_size, spec.moe.expert_ffn_size, placement.slots_per_rank
         self.placement = placement
+        self.rank = rank
         self.gate_up_entry = recipe.product("experts.gate_up")
         self.down_entry = recipe.product("experts.down")
         self.kept_swiglu = recipe.kept_swiglu
@@ -97,7 +104,7 @@ class Experts(nn.Module):
     @property
     def slots(self) -> tuple[int, ...]:
         """The logical expert of each local slot."""
-        return self.placement.slots
+        return self.placement.experts_of_rank(self.rank)
 
     def forward(self, rows_AD: Activation, weights_A: Tensor, counts: Sequence[int], layer: int, step: Step) -> Tensor:
         """Each row through its slot's expert, times its routing weight: (A, D)."""
@@ -118,22 +125,19 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def load_slots(self, placement: Placement, changes: Mapping[int, tuple[Tensor, Tensor]]) -> None:
-        """Adopt ``placement``, whose number of slots must be the present one.
+        """Adopt ``placement``, whose number of slots and ranks must be the present one.
 
         Args:
             placement: what the slots hold from now on.
-            changes: for each slot whose expert changes, its weights (2F, D) and (D, F).
+            changes: for each local slot whose expert changes, its weights (2F, D) and (D, F).
 
         Raises:
             ValueError: another number of slots or experts, a changed slot without weights, or weights that do not fit
                 their slot.  Nothing is changed then.
         """
-        if len(placement.slots) != len(self.slots):
-            raise ValueError(
-                f"placement: {len(placement.slots)} slots do not fit the {len(self.slots)} that this layer holds"
-            )
-        _check_experts(placement, self.placement.num_experts)
-        changed = {slot for slot, expert in enumerate(placement.slots) if expert != self.slots[slot]}
+        self.check_fits(placement)
+        now = placement.experts_of_rank(self.rank)
+        changed = {slot for slot, expert in enumerate(now) if expert != self.slots[slot]}
         if missing := sorted(changed - changes.keys()):
             raise ValueError(f"changes: slots {missing[:8]} hold another expert from now on; give their weights")
         for slot, (gate_up_FD, down_DF) in changes.items():
@@ -151,6 +155,15 @@ class Experts(nn.Module):
             self.w_down_EDF[slot].copy_(down_DF)
         self.placement = placement
 
+    def check_fits(self, placement: Placement) -> None:
+        """Refuse a placement of another number of slots, ranks or experts than the present one."""
+        if (placement.num_slots, placement.num_ranks) != (self.placement.num_slots, self.placement.num_ranks):
+            raise ValueError(
+                f"placement: {placement.num_slots} slots on {placement.num_ranks} ranks do not fit the "
+                f"{self.placement.num_slots} on {self.placement.num_ranks} that this layer has"
+            )
+        _check_experts(placement, self.placement.num_experts)
+
 
 def _check_experts(placement: Placement, num_experts: int) -> None:
     if placement.num_experts != num_experts:
@@ -167,6 +180,7 @@ class MoE(nn.Module):
         placement: Placement | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        rank: int = 0,
     ) -> None:
         super().__init__()
         moe = spec.moe
@@ -174,6 +188,6 @@ class MoE(nn.Module):
         placement = placement or Placement.identity(moe.num_experts)
         _check_experts(placement, moe.num_experts)
         self.router = Router(spec.hidden_size, moe, recipe.product("gate"), device, dtype)
-        self.experts = Experts(spec, placement, recipe, device, dtype)
+        self.experts = Experts(spec, placement, recipe, device, dtype, rank)
         shared_size = moe.num_shared_experts * moe.expert_ffn_size
         self.shared = FFN(spec.hidden_size, shared_size, recipe, "shared", device, dtype) if shared_size else None

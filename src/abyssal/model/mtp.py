@@ -42,13 +42,15 @@ class MTPModule(nn.Module):
         placement: Placement | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        expert_rank: int = 0,
     ) -> None:
         super().__init__()
         hidden, eps = spec.hidden_size, spec.rms_norm_eps
         self.embedding_norm = RMSNorm(hidden, eps, device, dtype)
         self.hidden_norm = RMSNorm(hidden, eps, device, dtype)
         self.projection = Linear(2 * hidden, hidden, recipe.product("mtp"), device, dtype)
-        self.block = Block(spec, spec.num_layers + depth, spec.moe is None, recipe, placement, device, dtype)
+        layer = spec.num_layers + depth
+        self.block = Block(spec, layer, spec.moe is None, recipe, placement, device, dtype, expert_rank)
         self.norm = RMSNorm(hidden, eps, device, dtype)
 
     def forward(self, embedded_TD: Tensor, hidden_TD: Tensor, step: Step) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from abyssal.model.block import Block
 from abyssal.model.context import AttentionContext, PackedBatch
 from abyssal.model.dispatch import Dispatcher, LocalDispatcher
+from abyssal.model.experts import Experts
 from abyssal.model.mtp import MTPModule
 from abyssal.model.norm import RMSNorm
 from abyssal.model.rope import rope_frequencies, rotation
@@ -51,6 +52,7 @@ class Transformer(nn.Module):
         recipe: the formats of its matrix products.
         placements: by layer, where the routed experts are; the identity where absent.
         device, dtype: of the parameters.
+        expert_rank: which of the placements' ranks this is: it holds the experts in that rank's slots.
 
     Raises:
         ValueError: a placement of another number of experts, or for a layer without experts.
@@ -63,14 +65,16 @@ class Transformer(nn.Module):
         placements: Mapping[int, Placement] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        expert_rank: int = 0,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.recipe = recipe = recipe or Recipe()
+        self.expert_rank = expert_rank
         placements = placements or {}
         self.embed = Embedding(spec.vocab_size, spec.hidden_size, device, dtype)
         self.layers = nn.ModuleList(
-            Block(spec, layer, not spec.is_moe_layer(layer), recipe, placements.get(layer), device, dtype)
+            Block(spec, layer, not spec.is_moe_layer(layer), recipe, placements.get(layer), device, dtype, expert_rank)
             for layer in range(spec.num_layers)
         )
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, device, dtype)
@@ -80,7 +84,7 @@ class Transformer(nn.Module):
             else Linear(spec.hidden_size, spec.vocab_size, recipe.product("head"), device=device, dtype=dtype)
         )
         self.mtp = nn.ModuleList(
-            MTPModule(spec, depth, recipe, placements.get(spec.num_layers + depth), device, dtype)
+            MTPModule(spec, depth, recipe, placements.get(spec.num_layers + depth), device, dtype, expert_rank)
             for depth in range(spec.mtp_depth)
         )
 
@@ -99,14 +103,35 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Matrices normal with standard deviation ``spec.init_std``, norms one, correction biases zero."""
+        """Matrices normal with standard deviation ``spec.init_std``, norms one, correction biases zero.
+
+        Experts are drawn one after another, so that a rank that holds some of them has those of the whole model.
+        """
         for name, parameter in self.named_parameters():
+            owner = self.get_submodule(name.rpartition(".")[0])
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
+            elif isinstance(owner, Experts):
+                self._draw_experts(parameter, owner, generator)
             else:
                 parameter.normal_(0.0, self.spec.init_std, generator=generator)
         for buffer in self.buffers():
             buffer.zero_()
+
+    def _draw_experts(self, stacked_E: Tensor, experts: Experts, generator: torch.Generator) -> None:
+        """As one draw over all logical experts, of which those in local slots are kept."""
+        num_experts, slots = experts.placement.num_experts, experts.slots
+        if slots == tuple(range(num_experts)):
+            stacked_E.normal_(0.0, self.spec.init_std, generator=generator)
+            return
+        # torch draws sixteen numbers at a time: in pieces of so many, one draw and many are the same.
+        together = 1 if stacked_E[0].numel() % 16 == 0 else num_experts
+        drawn = torch.empty(together, *stacked_E.shape[1:], dtype=stacked_E.dtype, device=stacked_E.device)
+        for first in range(0, num_experts, together):
+            drawn.normal_(0.0, self.spec.init_std, generator=generator)
+            for slot, expert in enumerate(slots):
+                if first <= expert < first + together:
+                    stacked_E[slot].copy_(drawn[expert - first])
 
     def blocks(self) -> list[Block]:
         """The blocks of the main model, then those of the MTP modules: index is layer number."""
@@ -135,7 +160,7 @@ class Transformer(nn.Module):
         return found
 
     def step(self, context: AttentionContext, dispatcher: Dispatcher | None = None, **fields: Any) -> Step:
-        """A step over ``context``; every expert on this rank unless a dispatcher is given.
+        """A step over ``context``; every expert is on this rank unless a dispatcher is given.
 
         ``fields`` are those of :class:`~abyssal.model.step.Step`: queue, balance, forced_routing.
 

@@ -66,6 +66,12 @@ class Placement:
             raise IndexError(f"rank {rank} of {self.num_ranks}")
         return tuple(range(rank * self.slots_per_rank, (rank + 1) * self.slots_per_rank))
 
+    def experts_of_rank(self, rank: int) -> tuple[int, ...]:
+        """The logical expert of each slot of ``rank``, in the order in which it stacks them."""
+        if not 0 <= rank < self.num_ranks:
+            raise IndexError(f"rank {rank} of {self.num_ranks}")
+        return self.slots[rank * self.slots_per_rank : (rank + 1) * self.slots_per_rank]
+
     def replicas(self, expert: int) -> tuple[int, ...]:
         """Physical slots that hold ``expert``, ascending."""
         if not 0 <= expert < self.num_experts:

@@ -200,7 +200,7 @@ def test_load_slots_changes_what_a_slot_holds() -> None:
         experts = moe_of(moved, layer).experts
         with pytest.raises(ValueError, match=r"slots \[\d+\] hold another expert"):
             experts.load_slots(target, {})
-        with pytest.raises(ValueError, match="slots do not fit"):
+        with pytest.raises(ValueError, match="slots on 1 ranks do not fit"):
             experts.load_slots(Placement.identity(count), {})
         gate_up, down = expert(experts, 2)
         for changes in ({count: (gate_up[0], down)}, {count: (gate_up, down[:, :1])}, {-1: (gate_up, down)}):

@@ -98,7 +98,7 @@ class RequestWatch:
                 self._observer.figures.first_token(self._model, self._first)
         last = self._last.get(choice)
         self._last[choice] = now
-        # Tokens that came with a choice's first have no time between them: counts are tokens less one, however they came.
+        # Tokens that came with a choice's first have no time between: counts are tokens less one, however they came.
         gap, between = ((now - last) / count, count) if last is not None else (0.0, count - 1)
         if not between:
             return
