@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from abyssal.precision.recipe import NEVER_FP8, Fp8Options, Recomputed, products_of
+from abyssal.spec.mesh import MeshSpec
 from abyssal.spec.model import ModelSpec
 from abyssal.train.plan import RunPlan, plan_run
 from abyssal.train.schedules import (
@@ -25,6 +26,7 @@ from abyssal.train.schedules import (
 Compute = Literal["float32", "bfloat16", "float64"]
 Moments = Literal["float32", "bfloat16"]
 ModelFormat = Literal["fp32", "bf16", "fp8"]
+DispatchKind = Literal["alltoall", "hierarchical", "deepep"]
 
 BFLOAT16_WIDTH = 512
 """Hidden size from which BF16 compute is the default.  Measured on two AVX-512 cores with BF16 dot products: ``small``
@@ -155,6 +157,60 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is spread over ranks (torchrun starts them); changing it changes no number but for rounding.
+
+    Raises:
+        ValueError: a field out of its range, by name, or a mesh that is none.
+    """
+
+    mesh: str | None = None
+    """Axes and their sizes, such as dp=4,ep=4: data-parallel ranks, and those of them that share one copy of the
+    experts. By default dp is the number of ranks started and ep is 1."""
+    ranks_per_node: int | None = None
+    """Ranks with fast links between them; as many as torchrun starts on a machine by default."""
+    dispatch: DispatchKind = "alltoall"
+    """How tokens reach experts: alltoall sends a copy to each chosen expert; hierarchical one to each node and on from
+    there; deepep is NVIDIA GPUs' own, if installed."""
+    dispatch_chunk: int | None = None
+    """Tokens that cross between nodes at once with hierarchical dispatch; found by measurement by default."""
+    redundant_experts: int = 0
+    """Slots of each layer beyond one an expert, for copies of the busiest."""
+    rebalance_every: int = 0
+    """Steps after which experts are placed anew by the loads since; 0 leaves them where they are."""
+    rank_timeout: float = 60.0
+    """Seconds without a sign of life, or of progress, from a rank after which all ranks end."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """cuda: one GPU a rank, and NCCL between them."""
+
+    def __post_init__(self) -> None:
+        _check_range(self, 0, math.inf, "redundant_experts", "rebalance_every")
+        _check_range(self, 1, math.inf, *(n for n in ("ranks_per_node", "dispatch_chunk") if getattr(self, n)))
+        _check_positive(self, "rank_timeout")
+        if self.dispatch not in get_args(DispatchKind):
+            raise ValueError(f"dispatch is {self.dispatch!r}; give {', '.join(get_args(DispatchKind))}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}; give cpu or cuda")
+        if self.mesh is not None:
+            MeshSpec.parse(self.mesh)
+
+    def mesh_spec(self, world_size: int, local_world_size: int | None = None) -> MeshSpec:
+        """The mesh of a run of ``world_size`` ranks, ``local_world_size`` on each machine.
+
+        Raises:
+            ValueError: a mesh of another number of ranks, or that does not fit its nodes.
+        """
+        spec = MeshSpec(dp=world_size) if self.mesh is None else MeshSpec.parse(self.mesh)
+        if spec.world_size != world_size:
+            raise ValueError(
+                f"mesh {spec} is of {spec.world_size} ranks and there are {world_size}; give a mesh whose pp x dp is "
+                f"{world_size}, or start {spec.world_size} (torchrun --nproc-per-node {spec.world_size} -m abyssal ...)"
+            )
+        on_node = self.ranks_per_node or local_world_size
+        return spec if on_node is None else spec.on_nodes(on_node)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run of a model on a stream of rows.
 
@@ -205,6 +261,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.tokens is not None:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from abyssal.data.batch import Batch
+from abyssal.model.share import ExpertShare
 from abyssal.model.transformer import Transformer
 from abyssal.precision.recipe import Recipe, fp8_recipe
 from abyssal.spec.arithmetic import training_flops_per_token
@@ -58,17 +59,18 @@ def training_recipe(spec: ModelSpec, config: TrainConfig) -> Recipe:
     return Recipe(activations=activations, recompute=frozenset(config.recompute))
 
 
-def build_model(spec: ModelSpec, config: TrainConfig) -> Transformer:
-    """The model at step 0: parameters in FP32 (FP64 for ``float64``) drawn from the seed."""
+def build_model(spec: ModelSpec, config: TrainConfig, share: ExpertShare | None = None) -> Transformer:
+    """The model at step 0: parameters in FP32 (FP64 for ``float64``) drawn from the seed, alike whatever the share."""
     dtype = torch.float64 if config.compute == "float64" else torch.float32
-    model = Transformer(spec, training_recipe(spec, config), dtype=dtype)
+    share = share or ExpertShare({}, 0)
+    model = Transformer(spec, training_recipe(spec, config), share.placements, dtype=dtype, expert_rank=share.rank)
     model.init_weights(torch.Generator().manual_seed(config.seed))
     return model
 
 
 def with_recipe(model: Transformer, recipe: Recipe) -> Transformer:
     """Another model over the same parameters and buffers, computing under ``recipe``."""
-    other = Transformer(model.spec, recipe, placements=model.placements(), device="meta")
+    other = Transformer(model.spec, recipe, placements=model.placements(), device="meta", expert_rank=model.expert_rank)
     other.load_state_dict(model.state_dict(), assign=True)
     return other
 

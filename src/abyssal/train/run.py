@@ -24,7 +24,7 @@ from abyssal.train.peak import matmul_peak
 from abyssal.train.progress import ProgressDisplay
 from abyssal.train.step import Trainer
 
-CHANGES_NO_NUMBER = ("validate_every", "validation_batches", "checkpoint", "model_format")
+CHANGES_NO_NUMBER = ("validate_every", "validation_batches", "checkpoint", "model_format", "parallel")
 """Fields of the config that a resumed run may have otherwise."""
 
 

@@ -1,0 +1,18 @@
+"""Which experts of a model a rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from abyssal.spec.placement import Placement
+
+
+@dataclass(frozen=True)
+class ExpertShare:
+    """The experts in the slots of one of a placement's ranks; without one, a model holds them all."""
+
+    placements: Mapping[int, Placement]
+    """By layer, MTP modules counted on after the last; all over the same number of ranks."""
+    rank: int
+    """Which of those ranks this is."""
