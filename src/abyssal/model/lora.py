@@ -8,7 +8,7 @@ attention folds a weight (every step there: merge before serving).
 An adapted module is the same object with another class and a few more parameters.  The base's keep their names, so
 checkpoints and state dicts still fit; adapters are named ``….q_a.lora_a``, ``….experts.gate_up_lora_a``.  Gate and up
 are one product here and share one A.  Experts have an adapter a *logical* expert, whichever slots hold it, so replicas
-agree and ``load_slots`` needs to know nothing.
+agree and ``load_slots`` needs to know nothing; where experts are spread over ranks, one a local slot, like the base.
 
 Trade-offs not taken: a wrapper around each module, which would rename the base's parameters; dropout on x, which the
 experts' rows would draw anew after each dispatch.
@@ -125,7 +125,7 @@ class AdaptedExperts(Adapted, Experts):
 
     def _by_slot(self, stacked_E: Tensor) -> Tensor:
         """From logical experts to slots.  The gradients of an expert's slots add up on the way back."""
-        if self.placement.is_identity:
+        if self.placement.is_identity or adapted_by_slot(self):
             return stacked_E
         return stacked_E.index_select(0, torch.tensor(self.slots, device=stacked_E.device))
 
@@ -134,8 +134,14 @@ class AdaptedExperts(Adapted, Experts):
         """Fold the adapters into the base, slot by slot: the memory of one expert more."""
         for weight in self.weights:
             a_ErI, b_EOr = self.adapter(weight)
-            for matrix_OI, expert in zip(getattr(self, weight), self.slots, strict=True):
-                matrix_OI.copy_(self.merged(matrix_OI, a_ErI[expert], b_EOr[expert]))
+            numbers = range(len(self.slots)) if adapted_by_slot(self) else self.slots
+            for matrix_OI, number in zip(getattr(self, weight), numbers, strict=True):
+                matrix_OI.copy_(self.merged(matrix_OI, a_ErI[number], b_EOr[number]))
+
+
+def adapted_by_slot(experts: Experts) -> bool:
+    """Whether adapters of ``experts`` are stacked by local slot, and not by logical expert."""
+    return experts.placement.num_ranks > 1
 
 
 def adapted_modules(model: nn.Module) -> dict[str, AdaptedLinear | AdaptedExperts]:
@@ -171,9 +177,12 @@ def add_lora(model: Transformer, config: LoraConfig, generator: torch.Generator)
         for weight in module.weights:
             a, b = module.adapter(weight)
             bound = a.shape[-1] ** -0.5
-            drawn = torch.empty(a.shape, device=generator.device).uniform_(-bound, bound, generator=generator)
+            shape, kept = a.shape, slice(None)
+            if isinstance(module, Experts) and adapted_by_slot(module):
+                shape, kept = (module.placement.num_experts, *a.shape[1:]), list(module.slots)
+            drawn = torch.empty(shape, device=generator.device).uniform_(-bound, bound, generator=generator)
             with torch.no_grad():
-                a.copy_(drawn)
+                a.copy_(drawn[kept])
                 b.zero_()
 
 
@@ -228,7 +237,8 @@ def _adaptable(model: nn.Module) -> Iterator[tuple[str, Target]]:
 def _attach(module: nn.Module, rank: int, alpha: float) -> None:
     stack: tuple[int, ...] = ()
     if isinstance(module, Experts):
-        stack, module.__class__ = (module.placement.num_experts,), AdaptedExperts
+        count = len(module.slots) if adapted_by_slot(module) else module.placement.num_experts
+        stack, module.__class__ = (count,), AdaptedExperts
     else:
         module.__class__ = AdaptedLinear
     assert isinstance(module, AdaptedLinear | AdaptedExperts)

@@ -23,7 +23,7 @@ from abyssal.model.mtp import MTPModule
 from abyssal.model.norm import RMSNorm
 from abyssal.model.rope import rope_frequencies, rotation
 from abyssal.model.step import Step
-from abyssal.precision.linear import Linear, linear
+from abyssal.precision.linear import Linear, gradient_dtype, linear
 from abyssal.precision.recipe import Recipe
 from abyssal.spec.model import ModelSpec
 from abyssal.spec.placement import Placement
@@ -41,7 +41,25 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size, device=device, dtype=dtype))
 
     def forward(self, tokens_T: Tensor) -> Tensor:
+        if self.weight.requires_grad and gradient_dtype(self.weight) != self.weight.dtype:
+            return _WideGradientEmbedding.apply(tokens_T, self.weight)  # type: ignore[no-any-return]
         return nn.functional.embedding(tokens_T, self.weight)
+
+
+class _WideGradientEmbedding(torch.autograd.Function):
+    """Of a BF16 table: the gradients of a token that stands in a batch many times are added up in FP32."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens_T: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_T)
+        ctx.rows, ctx.dtype = len(weight_VD), gradient_dtype(weight_VD)
+        return nn.functional.embedding(tokens_T, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (tokens_T,) = ctx.saved_tensors
+        dx_TD = gradients[0].to(ctx.dtype)
+        return None, torch.ops.aten.embedding_dense_backward(dx_TD, tokens_T, ctx.rows, -1, False)
 
 
 class Transformer(nn.Module):

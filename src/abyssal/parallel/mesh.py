@@ -28,6 +28,7 @@ class Mesh:
         data: the ranks of this pipeline stage.
         experts: those that hold one copy of the experts together.
         replicas: those that hold the same experts as this one.
+        homes: those of ``experts`` once more, for what the optimizer sends while tokens travel.
         pipeline: the stages.
         inside, across: of the expert group, the ranks on this node, and those of this rank's index on its nodes.
         control: all ranks, over gloo: for objects and checkpoints, also from another thread than the training's.
@@ -52,6 +53,7 @@ class Mesh:
         self._timeout = timeout
         self.data = self._own(spec.data_groups())
         self.experts = self._own(spec.expert_groups())
+        self.homes = self._own(spec.expert_groups())
         self.replicas = self._own(spec.replica_groups())
         self.pipeline = self._own(spec.pipeline_groups())
         self.inside = self._own(spec.inside_groups())

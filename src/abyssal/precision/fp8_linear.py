@@ -81,7 +81,7 @@ class Fp8Linear(torch.autograd.Function):
             dx_TI = dgrad(dy_TO, quantised, weight.shape, ctx.parts, formats, counts).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
             x = replace(ctx.kept, codes=kept[0], scales=kept[1]) if kept else ctx.kept
-            dw = ctx.finish_weight(ctx, lambda: wgrad(dy_TO, x, formats, counts).to(weight.dtype))
+            dw = ctx.finish_weight(ctx, lambda: wgrad(dy_TO, x, formats, counts))
         return dx_TI, dw, None, None, None, None, None, None
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from abyssal.kernels.matmul import matmul
-from abyssal.precision.linear import operand_dtype
+from abyssal.precision.linear import gradient_dtype, operand_dtype
 from abyssal.precision.recipe import LinearEntry
 
 CHUNK_ROWS = 256
@@ -65,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else:
                 dweight += matmul(operand.t(), hidden[rows])
         ctx.save_for_backward(dhidden, dweight)
-        ctx.dtypes = hidden_TD.dtype, weight_VD.dtype
+        ctx.dtypes = hidden_TD.dtype, gradient_dtype(weight_VD)
         return total
 
     @staticmethod

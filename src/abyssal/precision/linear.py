@@ -10,8 +10,10 @@ for, and dW = dyᵀ x, which nobody waits for.  Without a queue both run at once
 Without gradients on CPU both are the row-invariant product of ``kernels/gemm.py``: what a token gets does not depend on
 the batch that it is in.  Training keeps torch's products, whose last bits depend on the number of rows.
 
-The trade-off not taken: parameters in BF16 with a separate master copy.  Parameters may be FP32 while activations are
-BF16; the cast is made here, once a product, and costs a few percent of a step at the sizes one machine trains.
+A parameter may be FP32 while activations are BF16: the cast is made here, once a product, and costs a few percent of a
+step at the sizes one machine trains.  Or it may be in BF16 already, with its FP32 master elsewhere
+(``parallel/zero.py``): the product is the same to the bit, and the gradient is in what the parameter's ``grad_dtype``
+says.
 
 Legend: T tokens or rows, I input features, O output features, E groups (experts).
 """
@@ -75,9 +77,14 @@ def _inference_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return weight if weight.dtype is torch.bfloat16 and dtype is torch.float32 else _cast(weight, dtype)
 
 
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """What the gradient of ``weight`` is kept in: its own dtype, unless a parameter says otherwise."""
+    return (weight.grad_dtype if weight.is_leaf else None) or weight.dtype
+
+
 def accumulate_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    """Add ``gradient`` to ``parameter.grad`` in the parameter's dtype."""
-    gradient = gradient.to(parameter.dtype)
+    """Add ``gradient`` to ``parameter.grad``."""
+    gradient = gradient.to(gradient_dtype(parameter))
     if parameter.grad is None:
         parameter.grad = gradient
     else:
@@ -91,7 +98,7 @@ def _finish_weight(ctx: Any, compute: Callable[[], Tensor]) -> Tensor | None:
     """
     weight: Tensor = ctx.weight
     if ctx.queue is None or not weight.is_leaf:
-        return compute().to(weight.dtype)
+        return compute().to(gradient_dtype(weight))
     ctx.queue.put(lambda: accumulate_gradient(weight, compute()))
     return None
 
@@ -139,7 +146,8 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx_TI = grouped_gemm_input(dy_TO, weight_EOI, counts).to(x_TI.dtype)
         if ctx.needs_input_grad[1]:
-            dw_EOI = _finish_weight(ctx, lambda: grouped_gemm_weight(dy_TO, x_TI.to(dy_TO.dtype), counts, weight.dtype))
+            wide = gradient_dtype(weight)
+            dw_EOI = _finish_weight(ctx, lambda: grouped_gemm_weight(dy_TO, x_TI.to(dy_TO.dtype), counts, wide))
         return dx_TI, dw_EOI, None, None, None
 
 
