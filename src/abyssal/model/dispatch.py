@@ -55,12 +55,23 @@ class Done(Generic[Result]):
         return self.result
 
 
+class DispatchPlan(Protocol):
+    """Where each row goes; made once a layer from the routing, used by dispatch, combine and both backwards.
+
+    What else it holds is the dispatcher's own, and a plan is of use to the dispatcher that made it alone.
+    """
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """Rows of each local expert slot; where other ranks send rows, this waits for their counts."""
+        ...
+
+
 @dataclass(frozen=True)
-class DispatchPlan:
-    """Where each row goes; made once a layer from the routing, used by dispatch, combine and both backwards."""
+class LocalPlan:
+    """Of a single rank."""
 
     counts: Sequence[int]
-    """Rows of each local expert slot."""
     order_A: Tensor
     """Flat index (token · K + choice) of each sorted row."""
     inverse_A: Tensor
@@ -69,29 +80,35 @@ class DispatchPlan:
 
 
 class Dispatcher(Protocol):
-    """How tokens reach experts."""
+    """How tokens reach experts.  ``plan`` is one that this dispatcher made."""
 
     def plan(self, layer: int, expert_ids_TK: Tensor) -> DispatchPlan:
         """Map the logical expert ids of ``layer`` to slots and decide where each row goes."""
         ...
 
     def start_dispatch(
-        self, x_TD: Tensor, weights_TK: Tensor | None, plan: DispatchPlan
+        self, x_TD: Tensor, weights_TK: Tensor | None, plan: Any
     ) -> Handle[tuple[Tensor, Tensor | None]]:
         """Rows (A, D) sorted by local slot, and each row's weight (A,) when weights are given."""
         ...
 
     def start_combine(
-        self, rows_AD: Tensor, weights_A: Tensor | None, plan: DispatchPlan
+        self, rows_AD: Tensor, weights_A: Tensor | None, plan: Any
     ) -> Handle[tuple[Tensor, Tensor | None]]:
         """The sum of each token's rows (T, D), and each row's weight back in its place (T, K)."""
         ...
 
 
 class SlotMap:
-    """Logical experts to physical slots.  A replicated expert's tokens take its replicas in turn."""
+    """Logical experts to physical slots.  A replicated expert's tokens take its replicas in turn.
 
-    def __init__(self, placement: Placement, device: torch.device | str | None = None) -> None:
+    Args:
+        first_turn: the replica with which token 0 begins; ranks begin with different ones, so that the few tokens of
+            each do not all choose the same.
+    """
+
+    def __init__(self, placement: Placement, device: torch.device | str | None = None, first_turn: int = 0) -> None:
+        self._first_turn = first_turn
         replicas = placement.replica_table()
         longest = max(len(slots) for slots in replicas)
         padded = [[slots[i % len(slots)] for i in range(longest)] for slots in replicas]
@@ -101,10 +118,10 @@ class SlotMap:
         self.is_identity = placement.is_identity
 
     def __call__(self, expert_ids_TK: Tensor) -> Tensor:
-        """(T, K) physical slots; token t takes replica t modulo the number of replicas."""
+        """(T, K) physical slots; token t takes replica ``first_turn + t`` modulo the number of replicas."""
         if self.is_identity:
             return expert_ids_TK
-        turns_T1 = torch.arange(len(expert_ids_TK), device=expert_ids_TK.device)[:, None]
+        turns_T1 = torch.arange(len(expert_ids_TK), device=expert_ids_TK.device)[:, None] + self._first_turn
         return self._slots_ER[expert_ids_TK, turns_T1 % self._counts_E[expert_ids_TK]]
 
 
@@ -124,24 +141,24 @@ class LocalDispatcher:
         """Whether every logical expert of ``layer`` has the slot of its number and no other."""
         return self._slot_maps[layer].is_identity
 
-    def plan(self, layer: int, expert_ids_TK: Tensor) -> DispatchPlan:
+    def plan(self, layer: int, expert_ids_TK: Tensor) -> LocalPlan:
         slot_map = self._slot_maps[layer]
         slots_A = slot_map(expert_ids_TK).flatten()
         order_A = slots_A.argsort(stable=True)
         inverse_A = torch.empty_like(order_A)
         inverse_A[order_A] = torch.arange(len(order_A), device=order_A.device)
         counts = torch.bincount(slots_A, minlength=slot_map.num_slots).tolist()
-        return DispatchPlan(counts, order_A, inverse_A, expert_ids_TK.shape[1])
+        return LocalPlan(counts, order_A, inverse_A, expert_ids_TK.shape[1])
 
     def start_dispatch(
-        self, x_TD: Tensor, weights_TK: Tensor | None, plan: DispatchPlan
+        self, x_TD: Tensor, weights_TK: Tensor | None, plan: LocalPlan
     ) -> Done[tuple[Tensor, Tensor | None]]:
         rows_AD = x_TD.index_select(0, plan.order_A // plan.top_k)
         weights_A = None if weights_TK is None else weights_TK.flatten().index_select(0, plan.order_A)
         return Done((rows_AD, weights_A))
 
     def start_combine(
-        self, rows_AD: Tensor, weights_A: Tensor | None, plan: DispatchPlan
+        self, rows_AD: Tensor, weights_A: Tensor | None, plan: LocalPlan
     ) -> Done[tuple[Tensor, Tensor | None]]:
         sum_TD = row_sums(rows_AD, plan.inverse_A.view(-1, plan.top_k))
         weights_TK = None if weights_A is None else weights_A.index_select(0, plan.inverse_A).view(-1, plan.top_k)

@@ -1,0 +1,38 @@
+"""A dispatcher by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Protocol, get_args
+
+from abyssal.model.dispatch import Dispatcher
+from abyssal.parallel.dispatch.alltoall import AllToAllDispatcher
+from abyssal.parallel.dispatch.links import Traffic
+from abyssal.parallel.mesh import Mesh
+from abyssal.spec.placement import Placement
+
+DispatcherKind = Literal["alltoall", "hierarchical", "deepep"]
+
+
+class RankDispatcher(Dispatcher, Protocol):
+    """A dispatcher between ranks: what it sent is counted, its placements may change, and it is closed in the end."""
+
+    traffic: Traffic
+    placements: dict[int, Placement]
+
+    def place(self, placements: Mapping[int, Placement]) -> None:
+        """Plan with ``placements`` from now on; on all ranks at the same point."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def open_dispatcher(kind: DispatcherKind, placements: Mapping[int, Placement], mesh: Mesh) -> RankDispatcher:
+    """The dispatcher of that name.
+
+    Raises:
+        ValueError: no such kind, or one that this machine or these placements do not allow.
+    """
+    if kind == "alltoall":
+        return AllToAllDispatcher(placements, mesh)
+    raise ValueError(f"dispatch is {kind!r}; give one of {', '.join(get_args(DispatcherKind))}")

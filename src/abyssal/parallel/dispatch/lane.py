@@ -1,0 +1,130 @@
+"""Where a dispatcher's communication goes on by itself: one thread, strictly first in, first out.
+
+Several hops follow one another without anybody waiting, so work is queued here when it is started and its handle is
+waited for when the result is needed.  Collectives of one group must be started in one order on all its ranks; as all
+ranks start their work in one order and a lane runs it in that order, they are, whatever the ranks wait for in between.
+
+On a GPU the thread only enqueues: its work goes to a stream of its own, which first waits for the stream that the
+caller used, and waiting for a handle makes the caller's stream wait, not the caller.
+
+The trade-off not taken: collectives started by the caller and continued by its waits.  They need no thread, and stand
+still while the caller computes, which is when they should move.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class CommunicationError(RuntimeError):
+    """Communication failed, by itself or because work before it did; the message says what was being done."""
+
+
+class Lane:
+    """A thread for the collectives of one dispatcher.  It starts with the first work and is a daemon.
+
+    Args:
+        device: of the tensors; on a GPU the work goes to a stream of its own.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
+        self._closed = False
+
+    def submit(self, doing: str, function: Callable[[], Result]) -> Job[Result]:
+        """Queue ``function``; ``doing`` is how an error names it.  Tensors that it reads must not change until then."""
+        if self._closed:
+            raise CommunicationError(f"{doing}: the dispatcher is closed; open another")
+        job = Job(doing, function, self._stream)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="dispatch", daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
+        return job
+
+    def close(self, timeout: float = 5.0) -> None:
+        """End the thread once the work queued so far is done; work that hangs is left to the group's own timeout."""
+        self._closed = True
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join(timeout)
+            self._thread = None
+
+    def _serve(self) -> None:
+        if self._stream is not None:
+            torch.cuda.set_device(self._device)
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            while (job := self._jobs.get()) is not None:
+                job.run(self._failure)
+                # Once a rank left out a collective, the next would meet another of its peers'.
+                self._failure = self._failure or job.failure
+
+
+class Job(Generic[Result]):
+    """The handle of work on a lane; it may be waited for several times."""
+
+    def __init__(self, doing: str, function: Callable[[], Result], stream: torch.cuda.Stream | None) -> None:
+        self._doing = doing
+        self._function: Callable[[], Result] | None = function
+        self._stream = stream
+        self._given = torch.cuda.current_stream(stream.device).record_event() if stream is not None else None
+        self._finished: Any = None
+        self._done = threading.Event()
+        self._result: Result | None = None
+        self._error: Exception | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """What failed, once it has."""
+        return None if self._error is None else str(self._error)
+
+    def run(self, earlier_failure: str | None) -> None:
+        """On the lane's thread: the work, or the failure of what came before it."""
+        assert self._function is not None
+        try:
+            if earlier_failure is not None:
+                raise CommunicationError(f"{self._doing}: not done, because before it: {earlier_failure}")
+            if self._stream is not None and self._given is not None:
+                self._stream.wait_event(self._given)
+            self._result = self._function()
+            if self._stream is not None:
+                self._finished = self._stream.record_event()
+        except CommunicationError as error:
+            self._error = error
+        except Exception as error:
+            self._error = CommunicationError(f"{self._doing}: {error}")
+            self._error.__cause__ = error
+        finally:
+            if self._stream is None:
+                self._function = None  # on a GPU the inputs are kept until somebody has waited
+            self._done.set()
+
+    def wait(self) -> Result:
+        """The result.
+
+        Raises:
+            CommunicationError: the work failed.
+        """
+        self._done.wait()
+        if self._error is not None:
+            raise self._error
+        if self._finished is not None and self._stream is not None:
+            stream = torch.cuda.current_stream(self._stream.device)
+            stream.wait_event(self._finished)
+            for tensor in self._result if isinstance(self._result, tuple) else ():
+                if isinstance(tensor, Tensor):
+                    tensor.record_stream(stream)
+            self._function = None
+        return self._result  # type: ignore[return-value]
