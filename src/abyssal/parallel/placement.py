@@ -1,6 +1,7 @@
 """Which expert goes where, from the loads that were observed: V3's redundant experts [V3 section 3.4], without torch.
 
-A :class:`~abyssal.spec.placement.Placement` says what each slot holds; here one is chosen for each layer.  Two policies:
+A :class:`~abyssal.spec.placement.Placement` says what each slot holds; here one is chosen for each layer, by one of two
+policies:
 
 - *hierarchical*: groups of experts are packed onto nodes, and the experts of a node onto its ranks, each node with
   equally many slots.  All slots of a group are on one node, so a token that is limited to M groups crosses to at most M
@@ -24,7 +25,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from abyssal.parallel.placement_packing import Integers, pack, replicate
+from abyssal.parallel.placement_groups import hierarchical, placed
+from abyssal.parallel.placement_packing import Integers
 from abyssal.spec.placement import Placement
 
 Policy = Literal["auto", "hierarchical", "global"]
@@ -76,13 +78,11 @@ def balanced_placement(
     units_LE = _units(loads)
     layers, experts = units_LE.shape
     nodes = _blocks(experts, num_slots, num_ranks, num_nodes, num_groups, policy)
-    del current, tolerance
+    before_LRQ = _in_force(current, layers, experts, num_slots, num_ranks)
     if nodes == 1:
-        counts = replicate(units_LE, num_slots, num_ranks)
-        slots_LRQ = pack(units_LE, counts, num_ranks)
+        slots_LRQ = placed(units_LE, num_slots, num_ranks, before_LRQ, tolerance)
     else:
-        slots_LRQ = _hierarchical(units_LE, num_slots, num_ranks, nodes, num_groups)
-    slots_LRQ = np.sort(slots_LRQ, axis=2)
+        slots_LRQ = hierarchical(units_LE, num_slots, num_ranks, nodes, num_groups, before_LRQ, tolerance)
     return [Placement(experts, tuple(slots), num_ranks) for slots in slots_LRQ.reshape(layers, -1).tolist()]
 
 
@@ -105,17 +105,22 @@ def moves(before: Placement, after: Placement) -> int:
     )
 
 
-def _hierarchical(units_LE: Integers, num_slots: int, num_ranks: int, num_nodes: int, num_groups: int) -> Integers:
-    layers, experts = units_LE.shape
-    group_size = experts // num_groups
-    groups_LG = units_LE.reshape(layers, num_groups, group_size).sum(axis=2)
-    nodes_LNG = np.sort(pack(groups_LG, np.ones_like(groups_LG), num_nodes), axis=2)
-    experts_LNE = (nodes_LNG[..., None] * group_size + np.arange(group_size)).reshape(layers * num_nodes, -1)
-    units_ME = np.take_along_axis(np.repeat(units_LE, num_nodes, axis=0), experts_LNE, axis=1)
-    counts_ME = replicate(units_ME, num_slots // num_nodes, num_ranks // num_nodes)
-    slots_MRQ = pack(units_ME, counts_ME, num_ranks // num_nodes)
-    named = np.take_along_axis(experts_LNE, slots_MRQ.reshape(layers * num_nodes, -1), axis=1)
-    return named.reshape(layers, num_ranks, -1)
+def _in_force(
+    current: Sequence[Placement] | None, layers: int, experts: int, num_slots: int, num_ranks: int
+) -> Integers | None:
+    """The slots in force (L, R, Q)."""
+    if current is None:
+        return None
+    if len(current) != layers:
+        raise ValueError(f"current has {len(current)} placements for {layers} layers; give one a layer")
+    for placement in current:
+        found = (placement.num_experts, placement.num_slots, placement.num_ranks)
+        if found != (experts, num_slots, num_ranks):
+            raise ValueError(
+                "current has a placement of {} experts, {} slots and {} ranks; ".format(*found)
+                + f"give those of {experts}, {num_slots} and {num_ranks}, or none"
+            )
+    return np.array([placement.slots for placement in current], np.int64).reshape(layers, num_ranks, -1)
 
 
 def _units(loads: ArrayLike) -> Integers:

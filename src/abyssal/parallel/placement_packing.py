@@ -6,12 +6,12 @@ any machine.  Ties go to the lower number.
 
 1. *Replicate*: each slot beyond one an expert goes to the expert with the largest weight.  That makes the largest
    weight as small as it can be.
-2. *Pack*: slots by descending weight, each onto the least loaded rank with a free slot that does not hold the expert
-   yet.  EPLB (github.com/deepseek-ai/EPLB) lets two slots of an expert share a rank; one of them is wasted there.
-3. *Spread*: where packing ran into a corner and an expert is twice on a rank, slots are exchanged until it is not.
-   That is always possible when a rank has no more slots than there are experts.
-4. *Refine*: slots are exchanged between the busiest rank and another as long as that makes the busier of the two less
-   busy than the busiest was.
+2. *Pack*: slots by descending weight, each onto the least loaded rank with a free slot.  That far it is EPLB's plan
+   (github.com/deepseek-ai/EPLB), which may put an expert on a rank twice; one of the two slots is wasted then.
+3. Where it did, two ways out are tried: to pack again with ranks that hold the expert already left out, or to give the
+   second slot to the lightest expert that the rank lacks.  Where the first runs into a corner, slots are exchanged
+   until no rank has an expert twice; that is always possible when a rank has no more slots than there are experts.
+4. *Refine* (in ``placement_refining``): what greed left over is evened out between the busiest rank and others.
 
 Legend: M problems, E experts, S slots, R ranks, Q slots of a rank (S = R·Q).
 """
@@ -46,22 +46,59 @@ def replicate(loads_ME: Integers, num_slots: int, num_ranks: int) -> Integers:
     return counts_ME
 
 
-def pack(loads_ME: Integers, counts_ME: Integers, num_ranks: int) -> Integers:
-    """The expert of each slot (M, R, Q), balanced as far as it goes."""
+def pack(loads_ME: Integers, counts_ME: Integers, num_ranks: int, apart: bool) -> Integers:
+    """The expert of each slot (M, R, Q).
+
+    Args:
+        apart: no expert twice on a rank, where that can be avoided.
+    """
     weights_ME = loads_ME // counts_ME
-    slots_MRQ = _greedy(weights_ME, counts_ME, num_ranks)
-    spread(slots_MRQ, weights_ME.shape[1])
-    refine(slots_MRQ, weights_ME)
+    slots_MRQ = _greedy(weights_ME, counts_ME, num_ranks, apart)
+    if apart:
+        for problem in np.nonzero(repeats(slots_MRQ))[0]:
+            _spread(slots_MRQ[problem], weights_ME.shape[1])
     return slots_MRQ
 
 
-def rank_loads(slots_MRQ: Integers, weights_ME: Integers) -> Integers:
+def repeats(slots_MRQ: Integers) -> NDArray[np.bool_]:
+    """Where a rank holds an expert twice (M,)."""
+    ordered = np.sort(slots_MRQ, axis=2)
+    return (ordered[:, :, 1:] == ordered[:, :, :-1]).any(axis=(1, 2))
+
+
+def replace_repeats(slots_MRQ: Integers, loads_ME: Integers) -> None:
+    """Give, in place, each second slot of an expert on a rank to the lightest expert that the rank lacks."""
+    for slots_RQ, loads_E in zip(slots_MRQ, loads_ME, strict=True):
+        counts_E = np.bincount(slots_RQ.ravel(), minlength=len(loads_E))
+        for slots_Q in slots_RQ:
+            for place in range(1, len(slots_Q)):
+                if slots_Q[place] in slots_Q[:place]:
+                    weights_E = loads_E // (counts_E + 1)
+                    weights_E[slots_Q] = _FULL
+                    lightest = weights_E.argmin()
+                    counts_E[[slots_Q[place], lightest]] += (-1, 1)
+                    slots_Q[place] = lightest
+
+
+def held(slots_MRQ: Integers, num_experts: int) -> Integers:
+    """How many slots of each rank hold each expert (M, R, E)."""
+    problems, num_ranks, _ = slots_MRQ.shape
+    rank = np.arange(problems * num_ranks).reshape(problems, num_ranks, 1)
+    flat = np.bincount((rank * num_experts + slots_MRQ).ravel(), minlength=problems * num_ranks * num_experts)
+    return flat.reshape(problems, num_ranks, num_experts)
+
+
+def rank_loads(slots_MRQ: Integers, loads_ME: Integers) -> Integers:
     """The load of each rank (M, R)."""
-    problems = len(slots_MRQ)
-    return np.take_along_axis(weights_ME, slots_MRQ.reshape(problems, -1), axis=1).reshape(slots_MRQ.shape).sum(axis=2)
+    problems, experts = loads_ME.shape
+    flat_MS = slots_MRQ.reshape(problems, slots_MRQ.shape[1] * slots_MRQ.shape[2])
+    place = np.arange(problems)[:, None] * experts + flat_MS
+    counts_ME = np.bincount(place.ravel(), minlength=loads_ME.size).reshape(loads_ME.shape)
+    weights_MS = np.take_along_axis(loads_ME // counts_ME, flat_MS, axis=1)
+    return weights_MS.reshape(slots_MRQ.shape).sum(axis=2)
 
 
-def _greedy(weights_ME: Integers, counts_ME: Integers, num_ranks: int) -> Integers:
+def _greedy(weights_ME: Integers, counts_ME: Integers, num_ranks: int, apart: bool) -> Integers:
     problems = len(weights_ME)
     by_weight_ME = np.argsort(-weights_ME, axis=1, kind="stable")
     copies = np.take_along_axis(counts_ME, by_weight_ME, axis=1).ravel()
@@ -69,7 +106,7 @@ def _greedy(weights_ME: Integers, counts_ME: Integers, num_ranks: int) -> Intege
     weights_SM = np.ascontiguousarray(np.take_along_axis(weights_ME, order_MS, axis=1).T)
     order_SM = np.ascontiguousarray(order_MS.T)
     num_slots = len(order_SM)
-    last_copy = int(np.nonzero((order_SM[1:] == order_SM[:-1]).any(axis=1))[0].max(initial=-1)) + 1
+    copies_end = int(np.nonzero((order_SM[1:] == order_SM[:-1]).any(axis=1))[0].max(initial=-1)) + 1 if apart else 0
     rank_size = num_slots // num_ranks
     cost_MR = np.zeros((problems, num_ranks), np.int64)
     filled = np.zeros(problems * num_ranks, np.int64)
@@ -78,10 +115,10 @@ def _greedy(weights_ME: Integers, counts_ME: Integers, num_ranks: int) -> Intege
     first = np.arange(problems) * num_ranks
     cost = cost_MR.reshape(-1)
     for slot in range(num_slots):
-        if 0 < slot <= last_copy:
+        if 0 < slot <= copies_end:
             held_MR *= (order_SM[slot] == order_SM[slot - 1])[:, None]
-        rank = first + (cost_MR + held_MR if slot <= last_copy else cost_MR).argmin(axis=1)
-        if slot < last_copy:
+        rank = first + (cost_MR + held_MR if slot <= copies_end else cost_MR).argmin(axis=1)
+        if slot < copies_end:
             held_MR.reshape(-1)[rank] = _HELD
         place = filled[rank]
         slots[rank * rank_size + place] = order_SM[slot]
@@ -90,20 +127,13 @@ def _greedy(weights_ME: Integers, counts_ME: Integers, num_ranks: int) -> Intege
     return slots.reshape(problems, num_ranks, rank_size)
 
 
-def spread(slots_MRQ: Integers, num_experts: int) -> None:
-    """Exchange slots, in place, until no rank holds an expert twice, where that is possible."""
-    _, num_ranks, rank_size = slots_MRQ.shape
-    if rank_size == 1 or num_ranks == 1 or rank_size > num_experts:
-        return
-    ordered = np.sort(slots_MRQ, axis=2)
-    for problem in np.nonzero((ordered[:, :, 1:] == ordered[:, :, :-1]).any(axis=(1, 2)))[0]:
-        _spread_one(slots_MRQ[problem], num_experts)
+def _spread(slots_RQ: Integers, num_experts: int) -> None:
+    """Exchange slots, in place, until no rank holds an expert twice.
 
-
-def _spread_one(slots_RQ: Integers, num_experts: int) -> None:
-    """Each exchange leaves one repeated slot fewer: a repeated expert goes to a rank without it, for an expert that the
-    first rank lacks, or one that is repeated there."""
-    held_RE = np.stack([np.bincount(ranks, minlength=num_experts) for ranks in slots_RQ])
+    Each exchange leaves one repeated slot fewer: a repeated expert goes to a rank without it, for an expert that the
+    first rank lacks, or one that is repeated there.
+    """
+    held_RE = np.stack([np.bincount(slots_Q, minlength=num_experts) for slots_Q in slots_RQ])
     while (held_RE > 1).any():
         rank, expert = (int(index) for index in np.argwhere(held_RE > 1)[0])
         place = int(np.nonzero(slots_RQ[rank] == expert)[0][0])
@@ -118,50 +148,3 @@ def _spread_one(slots_RQ: Integers, num_experts: int) -> None:
         slots_RQ[rank, place], slots_RQ[other, there] = given, expert
         held_RE[[rank, other], expert] += (-1, 1)
         held_RE[[rank, other], given] += (1, -1)
-
-
-def refine(slots_MRQ: Integers, weights_ME: Integers, enough_M: Integers | None = None) -> None:
-    """Exchange slots with the busiest rank, in place, while that helps.
-
-    Args:
-        enough_M: a load that the busiest rank of each problem may have; it is left alone then.
-    """
-    _, num_ranks, rank_size = slots_MRQ.shape
-    if rank_size == 1 or num_ranks == 1:
-        return
-    active = np.arange(len(slots_MRQ))
-    while len(active):
-        if enough_M is not None:
-            busiest = rank_loads(slots_MRQ[active], weights_ME[active]).max(axis=1)
-            active = active[busiest > enough_M[active]]
-        slots, helped = _exchanged(slots_MRQ[active], weights_ME[active])
-        slots_MRQ[active] = slots
-        active = active[helped]
-
-
-def _exchanged(slots_MRQ: Integers, weights_ME: Integers) -> tuple[Integers, NDArray[np.bool_]]:
-    """The best exchange with each problem's busiest rank, made; and where there was one."""
-    problems, num_ranks, rank_size = slots_MRQ.shape
-    rows = np.arange(problems)
-    flat_MS = slots_MRQ.reshape(problems, -1)
-    weights_MS = np.take_along_axis(weights_ME, flat_MS, axis=1)
-    loads_MR = weights_MS.reshape(slots_MRQ.shape).sum(axis=2)
-    busiest = loads_MR.argmax(axis=1)
-    load = loads_MR[rows, busiest]
-    own_MQ = slots_MRQ[rows, busiest]
-    less_MQS = np.take_along_axis(weights_ME, own_MQ, axis=1)[:, :, None] - weights_MS[:, None, :]
-    other_MS = np.repeat(loads_MR, rank_size, axis=1)
-    after_MQS = np.maximum(load[:, None, None] - less_MQS, other_MS[:, None, :] + less_MQS)
-    held_MRE = np.zeros((problems, num_ranks, weights_ME.shape[1]), bool)
-    held_MRE[rows[:, None], np.arange(num_ranks * rank_size) // rank_size, flat_MS] = True
-    twice_MQR = held_MRE[rows[:, None], :, own_MQ]
-    twice_MS = held_MRE[rows[:, None], busiest[:, None], flat_MS]
-    refused_MQS = np.repeat(twice_MQR, rank_size, axis=2) | twice_MS[:, None, :]
-    after_MQS[refused_MQS] = _FULL
-    best = after_MQS.reshape(problems, -1).argmin(axis=1)
-    helped = after_MQS.reshape(problems, -1)[rows, best] < load
-    place, slot = np.divmod(best[helped], num_ranks * rank_size)
-    mine = busiest[helped] * rank_size + place
-    changed_MS = flat_MS.copy()
-    changed_MS[helped, mine], changed_MS[helped, slot] = flat_MS[helped, slot], flat_MS[helped, mine]
-    return changed_MS.reshape(slots_MRQ.shape), helped
