@@ -39,6 +39,7 @@ from abyssal.model.experts import Experts
 from abyssal.model.lora import lora_parameters
 from abyssal.model.transformer import Transformer
 from abyssal.spec.hf_config import CONFIG_NAME, write_config
+from abyssal.spec.placement import Placement
 
 
 class SavesTokenizer(Protocol):
@@ -52,6 +53,8 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     mtp: bool | None = None,
+    placements: Mapping[int, Placement] | None = None,
+    expert_rank: int = 0,
 ) -> Transformer:
     """The model of a folder, with its weights.
 
@@ -60,6 +63,9 @@ def load_model(
         dtype: of the parameters; the checkpoint's own by default (BF16 for FP8).
         device: where the parameters are.
         mtp: True demands the multi-token-prediction modules, False leaves them out, None takes what is there.
+        placements: by layer, where the routed experts are; those of MTP modules that are left out are not needed.
+        expert_rank: which of the placements' ranks this is: the model holds the experts in that rank's slots, and the
+            others stay on the disk.
 
     Raises:
         FileNotFoundError: no ``config.json``.
@@ -72,7 +78,9 @@ def load_model(
     with CheckpointFolder(path) as folder:
         spec, pieces = match(folder, mtp)
         check_copies(folder, pieces)
-        model = Transformer(spec, device="meta", dtype=dtype or folder.dtype()).to_empty(device=device)
+        layers = folder.spec.num_layers + spec.mtp_depth
+        placed = {layer: placement for layer, placement in (placements or {}).items() if layer < layers}
+        model = Transformer(spec, None, placed, "meta", dtype or folder.dtype(), expert_rank).to_empty(device=device)
         _fill(model, folder, pieces)
     return model
 

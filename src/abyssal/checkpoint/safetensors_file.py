@@ -70,7 +70,7 @@ class SafetensorsReader:
         """
         entry = self.entries[name]
         assert target.dtype == TORCH_DTYPES[entry.dtype], f"{name} is {entry.dtype}, the target {target.dtype}"
-        memory = _bytes_of(target)
+        memory = memory_of(target)
         begin = row * entry.row_bytes
         assert begin + len(memory) <= entry.num_bytes, f"rows from {row} on, of shape {target.shape}: beyond {entry}"
         offset = self.header.offsets[name] + begin
@@ -164,7 +164,7 @@ class SafetensorsWriter:
         assert rows.dtype == TORCH_DTYPES[entry.dtype], f"{name} is declared {entry.dtype}, the rows are {rows.dtype}"
         assert rows.shape[1:] == entry.shape[1:], f"{name} is declared {entry.shape}, the rows are {tuple(rows.shape)}"
         assert start + count <= entry.num_rows, f"{name}: rows {start} to {start + count} of {entry.shape}"
-        memory = _bytes_of(rows.contiguous())
+        memory = memory_of(rows.contiguous())
         _write_all(self._descriptor, memory, self.header.offsets[name] + start * entry.row_bytes)
         self._rows_written[name] = start + count
         self._synced += len(memory)
@@ -216,7 +216,7 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def memory_of(tensor: Tensor) -> memoryview:
     assert tensor.is_contiguous() and tensor.device.type == "cpu", "rows move between a file and contiguous CPU memory"
     if not tensor.numel():
         return memoryview(b"")

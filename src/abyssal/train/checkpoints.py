@@ -7,6 +7,10 @@
 what is written.  The buffers are kept from save to save: the price is one more copy of the state in host memory, and
 the gain that a save costs a copy and no page faults.  One write is in flight at most; the next save waits for it.  An
 error of the background is raised by the next call, never lost.
+
+Of a run on many ranks each rank copies and writes what it holds, into one folder on the file system that they share;
+the lock, the clean-up and the removal of old checkpoints are the first rank's.  All ranks save at the same step, and
+what fails on one is raised on all.
 """
 
 from __future__ import annotations
@@ -18,15 +22,17 @@ import re
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from abyssal.checkpoint.ranks import Ranks
 from abyssal.checkpoint.sharded import bytes_needed, load_sharded, read_fields, save_sharded
+from abyssal.checkpoint.shards import Shard, Sharded
 from abyssal.checkpoint.sidecar import json_copy
 from abyssal.checkpoint.whole_folder import clean_up, remove
 
@@ -44,9 +50,11 @@ class SavedCheckpoint:
         """What was saved beside the tensors."""
         return read_fields(self.path)
 
-    def load(self, tensors: Mapping[str, Tensor], part: str = "") -> dict[str, Any]:
+    def load(
+        self, tensors: Mapping[str, Tensor | Sharded], part: str = "", group: distributed.ProcessGroup | None = None
+    ) -> dict[str, Any]:
         """Fill ``tensors`` in place and return the fields; as :func:`~abyssal.checkpoint.sharded.load_sharded`."""
-        return load_sharded(self.path, tensors, part)
+        return load_sharded(self.path, tensors, part, group)
 
 
 def saved_checkpoints(folder: Path) -> list[SavedCheckpoint]:
@@ -61,8 +69,13 @@ def saved_checkpoints(folder: Path) -> list[SavedCheckpoint]:
     return sorted(checkpoint for checkpoint in saved if _is_whole(checkpoint))
 
 
+def newest_checkpoint(folder: Path, group: distributed.ProcessGroup | None = None) -> SavedCheckpoint | None:
+    """The newest whole checkpoint in ``folder``; the same one on all ranks of ``group``."""
+    return Ranks(group).first(lambda: max(saved_checkpoints(folder), default=None))
+
+
 class Checkpoints:
-    """The checkpoints of a run that is being trained by this process.
+    """The checkpoints of a run that is being trained by this process, or by the ranks of ``group`` together.
 
     A context manager: leaving it waits for the last write.
 
@@ -70,12 +83,20 @@ class Checkpoints:
         folder: where they lie; made if absent.
         keep: the newest so many are kept.
         asynchronous: write in the background; False writes before ``save`` returns, without a copy.
+        group: over gloo, used by nobody else while this is open.  The rank that is done first waits in it for the one
+            that writes longest, so its timeout must be longer than a checkpoint takes to write.
 
     Raises:
         ValueError: ``keep`` below 1, or another process is training in ``folder``.
     """
 
-    def __init__(self, folder: Path, keep: int = 3, asynchronous: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 3,
+        asynchronous: bool = True,
+        group: distributed.ProcessGroup | None = None,
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep is {keep}: at least one checkpoint must stay; give 1 or more")
         self.folder = folder
@@ -83,16 +104,22 @@ class Checkpoints:
         self._staging = Staging() if asynchronous else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock: int | None = _lock(folder)
-        clean_up(folder, _NAME)
+        self._group, self._ranks = group, Ranks(group)
+        self._lock: int | None = None
+        self._ranks.together(self._take_folder)
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], fields: dict[str, Any]) -> None:
+    def _take_folder(self) -> None:
+        if self._ranks.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.folder)
+            clean_up(self.folder, _NAME)
+
+    def save(self, step: int, tensors: Mapping[str, Tensor | Sharded], fields: dict[str, Any]) -> None:
         """Save the state at ``step``.  The tensors and fields may change as soon as this returns.
 
         Args:
             step: steps done; a checkpoint of the same step is replaced.
-            tensors: by name, on any device.
+            tensors: by name, on any device; what this rank holds of them.
             fields: JSON values.
 
         Raises:
@@ -100,15 +127,25 @@ class Checkpoints:
                 before this one.  The message names the last good checkpoint.
         """
         self.wait()
-        fields = json_copy(fields)
-        target, needed = self.folder / f"step-{step:08d}", bytes_needed(tensors)
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise ValueError(self._message(target, "not saved", needed, free))
+        target = self.folder / f"step-{step:08d}"
+        fields = self._ranks.together(lambda: json_copy(fields))
+        needed = self._check_room(target, tensors)
         if self._staging is None:
-            self._write(target, tensors, fields)
+            self._write(target, tensors, fields, needed)
         else:
-            self._writing = self._thread.submit(self._write, target, self._staging.copy(tensors), fields)
+            self._writing = self._thread.submit(self._write, target, self._staging.copy(tensors), fields, needed)
+
+    def _check_room(self, target: Path, tensors: Mapping[str, Tensor | Sharded]) -> int:
+        """Bytes that all ranks together need, which the disk has."""
+        by_rank = self._ranks.gather(lambda: bytes_needed(tensors))
+
+        def checked() -> int:
+            needed, free = sum(by_rank), shutil.disk_usage(self.folder).free
+            if free < needed:
+                raise ValueError(self._message(target, "not saved", needed, free))
+            return needed
+
+        return self._ranks.first(checked)
 
     def wait(self) -> None:
         """Return when nothing is being written.
@@ -138,16 +175,21 @@ class Checkpoints:
         """The newest whole checkpoint on disk."""
         return max(saved_checkpoints(self.folder), default=None)
 
-    def _write(self, target: Path, tensors: Mapping[str, Tensor], fields: dict[str, Any]) -> None:
+    def _write(
+        self, target: Path, tensors: Mapping[str, Tensor | Sharded], fields: dict[str, Any], needed: int
+    ) -> None:
         try:
-            save_sharded(target, tensors, fields)
-            older = [checkpoint.path for checkpoint in saved_checkpoints(self.folder) if checkpoint.path != target]
-            for path in older[: max(0, len(older) + 1 - self._keep)]:
-                remove(path)
+            save_sharded(target, tensors, fields, self._group)
+            self._ranks.first(lambda: self._remove_older(target))
         except OSError as error:
             free = shutil.disk_usage(self.folder).free
             reason = f"not saved ({error.strerror or error})"
-            raise ValueError(self._message(target, reason, bytes_needed(tensors), free)) from error
+            raise ValueError(self._message(target, reason, needed, free)) from error
+
+    def _remove_older(self, target: Path) -> None:
+        older = [checkpoint.path for checkpoint in saved_checkpoints(self.folder) if checkpoint.path != target]
+        for path in older[: max(0, len(older) + 1 - self._keep)]:
+            remove(path)
 
     def _message(self, target: Path, reason: str, needed: int, free: int) -> str:
         latest = self.latest()
@@ -174,22 +216,34 @@ class Staging:
     """Copies of tensors in host memory, in buffers that are allocated once."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
-    def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def copy(self, tensors: Mapping[str, Tensor | Sharded]) -> dict[str, Tensor | Sharded]:
         """Copies of ``tensors``, done when this returns; they hold until the next call."""
-        self._buffers = {name: self._buffer(name, tensor) for name, tensor in tensors.items()}
-        for name, tensor in tensors.items():
-            self._buffers[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        live = {(name, offsets): tensor for name, one in tensors.items() for offsets, tensor in _parts(one)}
+        self._buffers = {place: self._buffer(place, tensor) for place, tensor in live.items()}
+        for place, tensor in live.items():
+            self._buffers[place].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        for device in {tensor.device for tensor in live.values() if tensor.is_cuda}:
             torch.cuda.synchronize(device)
-        return self._buffers
+        return {name: self._like(name, tensor) for name, tensor in tensors.items()}
 
-    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
-        buffer = self._buffers.get(name)
+    def _buffer(self, place: tuple[str, tuple[int, ...]], tensor: Tensor) -> Tensor:
+        buffer = self._buffers.get(place)
         if buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype:
             return buffer
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+    def _like(self, name: str, tensor: Tensor | Sharded) -> Tensor | Sharded:
+        if not isinstance(tensor, Sharded):
+            return self._buffers[name, ()]
+        shards = tuple(Shard(shard.offsets, self._buffers[name, shard.offsets]) for shard in tensor.shards)
+        return replace(tensor, shards=shards)
+
+
+def _parts(tensor: Tensor | Sharded) -> list[tuple[tuple[int, ...], Tensor]]:
+    """What there is to be copied, each with what tells it from the others of its name."""
+    return [(shard.offsets, shard.tensor) for shard in tensor.shards] if isinstance(tensor, Sharded) else [((), tensor)]
 
 
 def _is_whole(checkpoint: SavedCheckpoint) -> bool:

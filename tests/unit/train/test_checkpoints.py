@@ -10,7 +10,7 @@ import resource
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from abyssal.checkpoint.shards import Shard, Sharded
 from abyssal.train import checkpoints as module
 from abyssal.train.checkpoints import Checkpoints, SavedCheckpoint, Staging, saved_checkpoints
 from tests.support.forked import exit_status, fork
@@ -116,16 +117,38 @@ def test_one_write_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     _assert_holds(saved_checkpoints(tmp_path)[0], 1)
 
 
+def _copied(staging: Staging, tensors: Mapping[str, Tensor | Sharded]) -> dict[str, Tensor]:
+    """All copies, those of shards by name and number."""
+    copies: dict[str, Tensor] = {}
+    for name, copy in staging.copy(tensors).items():
+        shards = copy.shards if isinstance(copy, Sharded) else [Shard((), copy)]
+        copies |= {f"{name}/{number}": shard.tensor for number, shard in enumerate(shards)}
+    return copies
+
+
 def test_buffers_are_made_once() -> None:
     staging = Staging()
-    places = {name: copy.data_ptr() for name, copy in staging.copy(_state(1)).items()}
-    copies = staging.copy(_state(2))
+    places = {name: copy.data_ptr() for name, copy in _copied(staging, _state(1)).items()}
+    copies = _copied(staging, _state(2))
     assert {name: copy.data_ptr() for name, copy in copies.items()} == places
-    assert all(torch.equal(copies[name], tensor) for name, tensor in _state(2).items())
+    assert all(torch.equal(copies[f"{name}/0"], tensor) for name, tensor in _state(2).items())
     strided = torch.arange(6.0).view(2, 3).t().requires_grad_()
-    other = staging.copy({"model/w": strided})
-    assert list(other) == ["model/w"] and torch.equal(other["model/w"], strided.detach())
-    assert not other["model/w"].requires_grad and other["model/w"].is_contiguous()
+    other = _copied(staging, {"model/w": strided})
+    assert list(other) == ["model/w/0"] and torch.equal(other["model/w/0"], strided.detach())
+    assert not other["model/w/0"].requires_grad and other["model/w/0"].is_contiguous()
+
+
+def test_shards_are_copied_too() -> None:
+    staging, live = Staging(), torch.arange(12.0).view(4, 3)
+    state = {"w": Sharded((9, 3), torch.float32, (Shard((2, 0), live[:1]), Shard((5, 0), live[1:])))}
+    places = [copy.data_ptr() for copy in _copied(staging, state).values()]
+    live.add_(1)
+    copied = staging.copy(state)["w"]
+    live.fill_(-1)
+    assert isinstance(copied, Sharded) and (copied.shape, copied.dtype) == ((9, 3), torch.float32)
+    assert [shard.offsets for shard in copied.shards] == [(2, 0), (5, 0)]
+    assert [shard.tensor.data_ptr() for shard in copied.shards] == places
+    assert torch.equal(torch.cat([shard.tensor for shard in copied.shards]), torch.arange(1.0, 13.0).view(4, 3))
 
 
 # ---- what is there ----
