@@ -10,6 +10,7 @@ Legend: B rows (sequences), X tokens of a row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +43,14 @@ class Batch:
             self.tokens_BX[rows],
             None if self.trained_BX is None else self.trained_BX[rows],
             None if self.documents is None else self.documents[rows],
+        )
+
+    def take(self, numbers: Sequence[int]) -> Batch:
+        """These rows, in this order; one may come several times."""
+        return Batch(
+            self.tokens_BX[list(numbers)],
+            None if self.trained_BX is None else self.trained_BX[list(numbers)],
+            None if self.documents is None else tuple(self.documents[number] for number in numbers),
         )
 
     def parts(self, size: int | None) -> list[Batch]:

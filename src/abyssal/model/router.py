@@ -30,9 +30,9 @@ class Routing:
     weights_TK: Tensor
     scores_TE: Tensor
 
-    def load(self) -> Tensor:
-        """(E,) tokens sent to each logical expert, int64."""
-        return torch.bincount(self.expert_ids_TK.flatten(), minlength=self.scores_TE.shape[1])
+    def load(self, num_tokens: int | None = None) -> Tensor:
+        """(E,) tokens sent to each logical expert, int64: of the first ``num_tokens``, or of all."""
+        return torch.bincount(self.expert_ids_TK[:num_tokens].flatten(), minlength=self.scores_TE.shape[1])
 
     def detach(self) -> Routing:
         return Routing(self.expert_ids_TK, self.weights_TK.detach(), self.scores_TE.detach())

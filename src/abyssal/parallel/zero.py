@@ -170,6 +170,10 @@ class ShardedMasters:
 
     # ---- checkpoints ----
 
+    def whole_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every trained parameter, with all logical experts."""
+        return {matrix.parameter: matrix.whole_shape for part in self._parts for matrix in part.bucket.matrices}
+
     def owned(self, values: Mapping[str, Tensor]) -> Iterator[Owned]:
         """Masters, or what is kept beside each under the same key, as rectangles of the whole parameters."""
         for part in self._parts:

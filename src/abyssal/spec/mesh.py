@@ -94,6 +94,11 @@ class MeshSpec:
     def num_nodes(self) -> int:
         return 1 if self.ranks_per_node is None else self.world_size // self.ranks_per_node
 
+    @property
+    def nodes_of_experts(self) -> int:
+        """Nodes that an expert group lies on."""
+        return 1 if self.ranks_per_node is None else max(1, self.ep // self.ranks_per_node)
+
     def place(self, rank: int) -> MeshPlace:
         """Where ``rank`` stands."""
         if not 0 <= rank < self.world_size:

@@ -146,10 +146,10 @@ def _mean_product(f_BX: Tensor, p_BX: Tensor, lengths_B1: Tensor) -> Tensor:
     return (f_BX * p_BX * (lengths_B1.to(p_BX.dtype) / lengths_B1.sum())).sum()
 
 
-def add_loads(loads: Loads, routings: Mapping[int, Routing]) -> None:
-    """Add what one pass sent to each expert to ``loads``."""
+def add_loads(loads: Loads, routings: Mapping[int, Routing], num_tokens: int | None = None) -> None:
+    """Add what one pass sent to each expert to ``loads``: of its first ``num_tokens``, or of all."""
     for layer, routing in routings.items():
-        load_E = routing.load()
+        load_E = routing.load(num_tokens)
         loads[layer] = loads[layer] + load_E if layer in loads else load_E
 
 

@@ -307,10 +307,19 @@ class TrainConfig:
         compute = "bfloat16" if self.precision == "fp8" else default_compute(spec.hidden_size)
         return replace(self, compute=self.compute or compute, steps=steps)
 
-    def plan(self) -> RunPlan:
-        """Every step of the run."""
+    def plan(self, num_ranks: int = 1) -> RunPlan:
+        """Every step of the run, of as many rows for each of ``num_ranks`` data-parallel ranks.
+
+        Raises:
+            ValueError: a batch that the ranks' micro-batches do not divide.
+        """
         steps = DEFAULT_STEPS if self.steps is None and self.tokens is None else self.steps
-        micro = self.micro_batch_size or 1
+        micro = (self.micro_batch_size or 1) * num_ranks
+        if self.batch_size % micro:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, which {num_ranks} data-parallel ranks of micro-batches of "
+                f"{self.micro_batch_size or 1} do not divide; give a multiple of {micro}"
+            )
         schedule = parse_schedule("batch_schedule", self.batch_schedule, BATCH_SIZES)
         return plan_run(steps, self.tokens, self.seq_len, self.batch_size, micro, schedule)
 

@@ -8,24 +8,26 @@ the same whenever it runs, so the average is a function of the parameters alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class HostAverage:
     """average ← decay · average + (1 − decay) · parameter, of every parameter, in FP32 at least.
 
     Args:
+        parameters: the live tensors, by any name: whole parameters, or this rank's part of their masters.
         decay: of one step.  V3 does not say its own.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
-        self._parameters = dict(model.named_parameters())
+        self._parameters = dict(parameters)
         self.tensors = {name: self._copy(parameter) for name, parameter in self._parameters.items()}
-        """By parameter name, on the host.  Call :meth:`wait` before reading."""
+        """By the parameters' names, on the host.  Call :meth:`wait` before reading."""
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ema")
         self._pending: Future[None] | None = None
 

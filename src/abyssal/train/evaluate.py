@@ -24,10 +24,13 @@ from torch import Tensor
 
 from abyssal.data.batch import Batch
 from abyssal.data.batches import bits_per_byte
+from abyssal.model.dispatch import Dispatcher
+from abyssal.model.step import Step
 from abyssal.model.transformer import Transformer
 from abyssal.precision.head import token_losses
 from abyssal.train.balance import Loads, add_loads, mean_max_violation
 from abyssal.train.loss import hidden_states, packed_step, targets
+from abyssal.train.ranks import SingleRank
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,14 @@ class _Drafts:
             self.drafted[depth - 1] += int(counted.sum())
             self.choices_DV[depth - 1] += torch.bincount(choices[counted].cpu(), minlength=self.choices_DV.shape[1])
 
+    def sum_over(self, ranks: SingleRank) -> None:
+        """Count what every rank counted."""
+        counts = ranks.sum_counts([*self.accepted, *self.chained, *self.drafted])
+        depths = len(self.accepted)
+        self.accepted, self.chained = counts[:depths], counts[depths : 2 * depths]
+        self.drafted = counts[2 * depths :]
+        ranks.sum_tensors([self.choices_DV] if depths else [])
+
     def rates(self, counts: Iterable[int]) -> tuple[float, ...]:
         return tuple(count / total if total else 0.0 for count, total in zip(counts, self.drafted, strict=True))
 
@@ -106,41 +117,45 @@ class _Sums:
         self.tokens = [0] * (depths + 1)
         self.bytes = 0
 
+    def sum_over(self, ranks: SingleRank) -> None:
+        """Add up what every rank has."""
+        self.nats = ranks.sum(self.nats)
+        *self.tokens, self.bytes = ranks.sum_counts([*self.tokens, self.bytes])
+
     def mean(self, depth: int) -> float:
         return self.nats[depth] / max(1, self.tokens[depth])
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches: Iterable[Batch], token_bytes: np.ndarray) -> Evaluation:
+def evaluate(
+    model: Transformer,
+    batches: Iterable[Batch],
+    token_bytes: np.ndarray,
+    dispatcher: Dispatcher | None = None,
+    ranks: SingleRank | None = None,
+) -> Evaluation:
     """Measure ``model`` on held-out rows.
 
     Args:
-        batches: rows of S + 1 + MTP depth tokens.
+        batches: rows of S + 1 + MTP depth tokens, the same on all ranks, which share them out.
         token_bytes: bytes of text that each token id stands for.
+        dispatcher: of many ranks; by default every expert is here.
 
     Raises:
         ValueError: no batch at all, or no target that stands for a byte.
     """
-    depths, device = len(model.mtp), model.embed.weight.device
+    ranks = ranks or SingleRank()
+    depths = len(model.mtp)
     drafts, loads, sums = _Drafts(model.spec.vocab_size, depths), Loads(), _Sums(depths)
     bytes_V = torch.from_numpy(token_bytes)
-    for batch in batches:
-        step, aims = packed_step(model, batch), targets(batch, depths)
-        hidden = hidden_states(model, torch.from_numpy(batch.tokens_BX).to(device), step)
-        best_BS: list[Tensor] = []
-        for depth, (hidden_TD, aim) in enumerate(zip(hidden, aims, strict=True)):
-            losses_T, best_T = token_losses(
-                hidden_TD, model.head_weight, aim.tokens_T.to(device), model.recipe.product("head")
-            )
-            learned_T = slice(None) if aim.learned_T is None else aim.learned_T
-            sums.nats[depth] += float(losses_T.cpu()[learned_T].sum(dtype=torch.float64))
-            sums.tokens[depth] += aim.num_learned
-            best_BS.append(best_T.cpu().view(len(batch), -1))
-        main = aims[0].tokens_T if aims[0].learned_T is None else aims[0].tokens_T[aims[0].learned_T]
-        sums.bytes += int(bytes_V[main].sum())
-        shape = best_BS[0].shape
-        drafts.add(best_BS, [None if aim.learned_T is None else aim.learned_T.view(shape) for aim in aims])
-        add_loads(loads, step.routings)
+    for whole in batches:
+        batch, num_rows = _own_rows(whole, ranks)
+        step = packed_step(model, batch, dispatcher=dispatcher)
+        _measure(model, batch, num_rows, step, bytes_V, drafts, sums)
+        add_loads(loads, step.routings, num_rows * (batch.tokens_BX.shape[1] - 1 - depths))
+    drafts.sum_over(ranks)
+    sums.sum_over(ranks)
+    loads = ranks.sum_loads(loads)
     return Evaluation(
         loss=sums.mean(0),
         bits_per_byte=bits_per_byte(sums.nats[0], sums.bytes),
@@ -152,3 +167,35 @@ def evaluate(model: Transformer, batches: Iterable[Batch], token_bytes: np.ndarr
         mtp_unigram_rate=drafts.unigram_rate,
         loads=loads,
     )
+
+
+def _own_rows(batch: Batch, ranks: SingleRank) -> tuple[Batch, int]:
+    """This rank's rows, and how many of them count: all ranks run as many, so that they meet at the experts, and where
+    there are too few some are there twice."""
+    each = -(-len(batch) // ranks.num_ranks)
+    first, _ = ranks.share(0, each * ranks.num_ranks)
+    num_rows = min(each, max(0, len(batch) - first))
+    return batch.take([*range(first, first + num_rows), *([0] * (each - num_rows))]), num_rows
+
+
+def _measure(
+    model: Transformer, batch: Batch, num_rows: int, step: Step, bytes_V: Tensor, drafts: _Drafts, sums: _Sums
+) -> None:
+    """Run ``batch`` and add up what its first ``num_rows`` rows give."""
+    depths, device = len(model.mtp), model.embed.weight.device
+    aims = targets(batch.part(0, num_rows), depths)
+    length = batch.tokens_BX.shape[1] - 1 - depths
+    hidden = hidden_states(model, torch.from_numpy(batch.tokens_BX).to(device), step)
+    best_BS: list[Tensor] = []
+    for depth, (hidden_TD, aim) in enumerate(zip(hidden, aims, strict=True)):
+        losses_T, best_T = token_losses(
+            hidden_TD[: num_rows * length], model.head_weight, aim.tokens_T.to(device), model.recipe.product("head")
+        )
+        learned_T = slice(None) if aim.learned_T is None else aim.learned_T
+        sums.nats[depth] += float(losses_T.cpu()[learned_T].sum(dtype=torch.float64))
+        sums.tokens[depth] += aim.num_learned
+        best_BS.append(best_T.cpu().view(num_rows, -1))
+    main = aims[0].tokens_T if aims[0].learned_T is None else aims[0].tokens_T[aims[0].learned_T]
+    sums.bytes += int(bytes_V[main].sum())
+    shape = num_rows, length
+    drafts.add(best_BS, [None if aim.learned_T is None else aim.learned_T.view(shape) for aim in aims])

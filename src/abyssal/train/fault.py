@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from abyssal.data.batch import Batch
+from abyssal.model.dispatch import Dispatcher
 from abyssal.model.transformer import Transformer
 from abyssal.train.bad_tiles import describe_bad_tiles
 from abyssal.train.loss import hidden_states, packed_step
+from abyssal.train.ranks import SingleRank
 
 
 class TrainingFault(FloatingPointError):
@@ -25,48 +30,98 @@ class TrainingFault(FloatingPointError):
         self.step = step
 
 
-def describe_fault(model: Transformer, parts: Sequence[Batch], step: int, loss: float, norm: float) -> TrainingFault:
-    """Look for the place, with the gradients of the failed step still there, not clipped.
+def describe_fault(
+    model: Transformer,
+    parts: Sequence[Batch],
+    step: int,
+    loss: float,
+    norm: float,
+    gradients: Mapping[str, Tensor],
+    dispatcher: Dispatcher | None = None,
+    ranks: SingleRank | None = None,
+) -> TrainingFault:
+    """Look for the place, with the gradients of the failed step, not clipped.  All ranks call it together.
 
     Args:
         parts: the micro-batches of the failed step.
         loss, norm: its loss and its gradient norm.
+        gradients: by name, this rank's part of each.
     """
-    found = f"step {step}: the loss is {loss:.6g} with a gradient norm of {norm:.6g}; {_place(model, parts)}"
-    return TrainingFault(step, f"{found}; {_REMEDY}")
+    place = _place(model, parts, gradients, dispatcher, ranks or SingleRank())
+    return TrainingFault(
+        step, f"step {step}: the loss is {loss:.6g} with a gradient norm of {norm:.6g}; {place}; {_REMEDY}"
+    )
 
 
-def describe_bad_validation(model: Transformer, parts: Sequence[Batch], steps_done: int, loss: float) -> TrainingFault:
+def describe_bad_validation(
+    model: Transformer,
+    parts: Sequence[Batch],
+    steps_done: int,
+    loss: float,
+    dispatcher: Dispatcher | None = None,
+    ranks: SingleRank | None = None,
+) -> TrainingFault:
     """The same for held-out text after ``steps_done`` steps; ``parts``: batches of it."""
-    found = f"after step {steps_done} the held-out loss is {loss:.6g}; {_place(model, parts)}"
-    return TrainingFault(steps_done, f"{found}; {_REMEDY}")
+    place = _place(model, parts, {}, dispatcher, ranks or SingleRank())
+    return TrainingFault(steps_done, f"after step {steps_done} the held-out loss is {loss:.6g}; {place}; {_REMEDY}")
 
 
 _REMEDY = "lower lr, lengthen warmup_steps, or look at the data of this step"
 
 
-def _place(model: Transformer, parts: Sequence[Batch]) -> str:
+@dataclass(frozen=True)
+class _Finding:
+    """What one rank found; of several ranks' the one of the lowest order is told."""
+
+    order: int
+    """0 a parameter, 1 a layer's output, 2 a gradient, 3 the largest gradient, 4 nothing."""
+    size: float
+    text: str
+
+
+def _place(
+    model: Transformer,
+    parts: Sequence[Batch],
+    gradients: Mapping[str, Tensor],
+    dispatcher: Dispatcher | None,
+    ranks: SingleRank,
+) -> str:
+    finding = _find(model, parts, gradients, dispatcher, ranks.num_ranks > 1)
+    told = [_Finding(**json.loads(text)) for text in ranks.texts(json.dumps(asdict(finding)))]
+    worst = min(range(len(told)), key=lambda rank: (told[rank].order, -told[rank].size))
+    return told[worst].text if len(told) == 1 else f"on rank {worst} {told[worst].text}"
+
+
+def _find(
+    model: Transformer,
+    parts: Sequence[Batch],
+    gradients: Mapping[str, Tensor],
+    dispatcher: Dispatcher | None,
+    on_many_ranks: bool,
+) -> _Finding:
+    # On many ranks every rank runs every part, whatever it finds: the others wait for it at the experts.
+    layers = [_first_layer(model, batch, dispatcher) for batch in parts] if on_many_ranks else None
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            return f"the parameter {name} is not finite"
-    for batch in parts:
-        layer = _first_layer(model, batch)
+            return _Finding(0, 0.0, f"the parameter {name} is not finite")
+    for number, batch in enumerate(parts):
+        layer = _first_layer(model, batch, dispatcher) if layers is None else layers[number]
         if layer is not None:
             place = f"the output of layer {layer} is the first that is not finite"
-            tiles = describe_bad_tiles(model, batch)
-            return place if tiles is None else f"{place}, and {tiles}"
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    for name, gradient in reversed(gradients.items()):  # the backward comes from the end
+            tiles = None if on_many_ranks else describe_bad_tiles(model, batch)
+            return _Finding(1, -layer, place if tiles is None else f"{place}, and {tiles}")
+    for name, gradient in reversed(list(gradients.items())):  # the backward comes from the end
         if not torch.isfinite(gradient).all():
-            return f"the gradient of {name} is the first that is not finite"
+            return _Finding(2, 0.0, f"the gradient of {name} is the first that is not finite")
     if not gradients:
-        return "every layer's output is finite"
+        return _Finding(4, 0.0, "every layer's output is finite")
     name = max(gradients, key=lambda name: float(gradients[name].norm()))
-    return f"the gradient of {name} is the largest, with a norm of {float(gradients[name].norm()):.6g}"
+    size = float(gradients[name].norm())
+    return _Finding(3, size, f"the gradient of {name} is the largest, with a norm of {size:.6g}")
 
 
 @torch.no_grad()
-def _first_layer(model: Transformer, batch: Batch) -> int | None:
+def _first_layer(model: Transformer, batch: Batch, dispatcher: Dispatcher | None) -> int | None:
     found: list[int] = []
 
     def look(layer: int, output: Any) -> None:
@@ -79,7 +134,7 @@ def _first_layer(model: Transformer, batch: Batch) -> int | None:
     ]
     try:
         tokens_BX = torch.from_numpy(batch.tokens_BX).to(model.embed.weight.device)
-        for _ in hidden_states(model, tokens_BX, packed_step(model, batch)):
+        for _ in hidden_states(model, tokens_BX, packed_step(model, batch, dispatcher=dispatcher)):
             pass
     finally:
         for hook in hooks:

@@ -124,7 +124,7 @@ class Loop:
         trainer = self._trainer
         planned = trainer.plan.step(trainer.steps_done)
         begin = time.perf_counter()
-        batch = self._data.stream.rows(planned.first_row, planned.num_rows)
+        batch = self._data.stream.rows(*trainer.rows(planned.step))
         try:
             result = trainer.step(batch)
         except TrainingFault as fault:
@@ -160,10 +160,11 @@ class Loop:
 
     def _validate(self, num_batches: int | None) -> Evaluation:
         trainer = self._trainer
-        evaluation = evaluate(trainer.model, self._held_out(num_batches), self._data.token_bytes)
+        where = trainer.dispatcher, trainer.ranks
+        evaluation = evaluate(trainer.model, self._held_out(num_batches), self._data.token_bytes, *where)
         if not all(map(math.isfinite, (evaluation.loss, *evaluation.mtp_losses))):
             parts = list(self._held_out(1))
-            fault = describe_bad_validation(trainer.model, parts, trainer.steps_done, evaluation.loss)
+            fault = describe_bad_validation(trainer.model, parts, trainer.steps_done, evaluation.loss, *where)
             raise TrainingFault(fault.step, f"{fault}; {self._last_good()}")
         for observer in self._observers:
             observer.on_validation(ValidationRecord(trainer.steps_done, evaluation, trainer.seconds))
@@ -172,7 +173,8 @@ class Loop:
     def _held_out(self, num_batches: int | None) -> Iterator[Batch]:
         """Held-out rows, no more at once than training takes."""
         for batch in self._data.held_out(num_batches):
-            yield from batch.parts(self._trainer.config.micro_batch_size)
+            micro = self._trainer.config.micro_batch_size
+            yield from batch.parts(None if micro is None else micro * self._trainer.ranks.num_ranks)
 
     def _save_when_due(self) -> None:
         trainer, every = self._trainer, self._trainer.config.checkpoint.save_every

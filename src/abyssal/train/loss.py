@@ -19,6 +19,7 @@ from torch import Tensor
 
 from abyssal.data.batch import Batch
 from abyssal.model.context import PackedBatch
+from abyssal.model.dispatch import Dispatcher
 from abyssal.model.step import BalanceLoss, Step
 from abyssal.model.transformer import Transformer
 from abyssal.precision.head import linear_cross_entropy
@@ -73,12 +74,14 @@ def _document_numbers(batch: Batch) -> np.ndarray | None:
     return np.stack([np.repeat(np.arange(len(lengths)), lengths) for lengths in batch.documents])
 
 
-def packed_step(model: Transformer, batch: Batch, balance: BalanceLoss | None = None) -> Step:
+def packed_step(
+    model: Transformer, batch: Batch, balance: BalanceLoss | None = None, dispatcher: Dispatcher | None = None
+) -> Step:
     """A step over the batch's first S positions: each row is one sequence, or each document of it."""
     length = batch.tokens_BX.shape[1] - 1 - len(model.mtp)
     rows = [(length,)] * len(batch) if batch.documents is None else [_cut(row, length) for row in batch.documents]
     context = PackedBatch([part for row in rows for part in row], device=model.embed.weight.device)
-    return model.step(context, balance=balance)
+    return model.step(context, dispatcher, balance=balance)
 
 
 def _cut(lengths: Sequence[int], length: int) -> list[int]:
@@ -115,6 +118,7 @@ def training_loss(
     mtp_weight: float,
     balance: BalanceLoss | None = None,
     counts: Sequence[int] | None = None,
+    dispatcher: Dispatcher | None = None,
 ) -> TrainingLoss:
     """Forward pass and loss.
 
@@ -123,8 +127,9 @@ def training_loss(
         mtp_weight: λ [V3 section 4.2: 0.3, then 0.1].
         balance: the auxiliary loss of each MoE layer.
         counts: learned targets of the global batch, of the main model and of each depth; this batch's own by default.
+        dispatcher: of many ranks; by default every expert is here.
     """
-    step = packed_step(model, batch, balance)
+    step = packed_step(model, batch, balance, dispatcher)
     device, depths = model.embed.weight.device, len(model.mtp)
     aims = targets(batch, depths)
     counts = counts or [aim.num_learned for aim in aims]

@@ -132,8 +132,10 @@ def restore(trainer: Trainer, saved: SavedCheckpoint) -> None:
     Raises:
         ValueError: a checkpoint that is damaged or of another model, by name.
     """
-    tensors = trainer.tensors()
-    trainer.restore(saved.load(tensors), tensors["generator/torch"])
+    tensors = trainer.tensors(saving=False)
+    fields, generator = saved.load(tensors), tensors["generator/torch"]
+    assert isinstance(generator, torch.Tensor)
+    trainer.restore(fields, generator)
 
 
 def _check_resume(folder: RunFolder, record: Mapping[str, Any]) -> None:

@@ -1,4 +1,9 @@
-"""One optimizer step: forward and backward of each micro-batch, clip, AdamW, the biases' own update, the average."""
+"""One optimizer step: forward and backward of each micro-batch, clip, AdamW, the biases' own update, the average.
+
+On many ranks each rank is given its own rows of the global batch.  Losses are shares of the global batch's means, so
+gradients add up; what a step knows of the whole batch (losses, expert counts) is summed over the ranks once, after its
+last backward.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abyssal.checkpoint.shards import Sharded
 from abyssal.data.batch import Batch
 from abyssal.model.transformer import Transformer
+from abyssal.parallel.dispatch.choose import RankDispatcher, open_dispatcher
+from abyssal.parallel.mesh import Mesh
+from abyssal.parallel.zero import ShardedMasters
+from abyssal.spec.placement import Placement
 from abyssal.train.alarm import Starvation, StarvationAlarm
 from abyssal.train.balance import BalanceLosses, Loads, add_loads, max_violation, update_biases
 from abyssal.train.config import TrainConfig
 from abyssal.train.ema import HostAverage
 from abyssal.train.fault import describe_fault
 from abyssal.train.loss import targets, training_loss
-from abyssal.train.optimizer import AdamW, clip_gradients, gradient_norm
+from abyssal.train.masters import Masters, WholeMasters, as_saved, untrained, untrained_parts
+from abyssal.train.optimizer import AdamW, clip_gradients
+from abyssal.train.ranks import DataRanks, SingleRank, TimedDispatcher
 
 
 @dataclass(frozen=True)
@@ -54,44 +66,69 @@ class StepResult:
 class Trainer:
     """A model in training: its optimizer, its average, its plan, and where it stands.
 
+    Args:
+        model: with this rank's share of the experts.
+        mesh: of many ranks; the trainer does not close it.
+        dispatcher: in place of the config's; the trainer closes it.
+
     Attributes:
         plan: every step of the run.
         steps_done: steps taken so far.
         seconds: spent in them.
     """
 
-    def __init__(self, model: Transformer, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        config: TrainConfig,
+        mesh: Mesh | None = None,
+        dispatcher: RankDispatcher | None = None,
+    ) -> None:
         self.model = model
         self.config = config
-        self.plan = config.plan()
+        self.mesh = mesh
+        self.ranks = SingleRank() if mesh is None else DataRanks(mesh)
+        if dispatcher is None and mesh is not None and mesh.spec.ep > 1:
+            dispatcher = open_dispatcher(config.parallel.dispatch, model.placements(), mesh)
+        self._ranks_dispatcher = dispatcher
+        self.dispatcher = None if dispatcher is None else TimedDispatcher(dispatcher, self.ranks.waiting)
+        self.plan = config.plan(self.ranks.num_ranks)
         self.steps_done = 0
         self.seconds = 0.0
-        self.optimizer = AdamW(model, config.optimizer)
-        self.average = None if config.ema_decay is None else HostAverage(model, config.ema_decay)
+        self.masters: Masters = WholeMasters(model)
+        if mesh is not None:
+            self.masters = ShardedMasters(model, mesh, self.ranks.waiting, config.parallel.rebalance_every > 0)
+        self.optimizer = AdamW(self.masters.tensors, config.optimizer)
+        averaged = dict(model.named_parameters()) if mesh is None else self.masters.tensors
+        self.average = None if config.ema_decay is None else HostAverage(averaged, config.ema_decay)
         self.alarm = StarvationAlarm(config.balance.alarm_steps)
         if model.spec.moe is not None:
             BalanceLosses(model.spec.moe, config.balance)  # refuses what does not fit before anything runs
 
     def step(self, batch: Batch) -> StepResult:
-        """Train on the global batch of the next step.
+        """Train on the next step's batch: this rank's rows of it (:meth:`rows`).
 
         Raises:
             TrainingFault: a loss or gradient that is not finite or exploded; the parameters are as before the step.
         """
         config, planned = self.config, self.plan.step(self.steps_done)
         mtp_weight = config.mtp_weight * config.mtp_factor()(planned.share)
-        losses, balance_loss, loads = self._gradients(batch, mtp_weight)
-        norm_ = gradient_norm(self.optimizer.parameters())
+        losses, balance_loss, loads = self._backward(batch, mtp_weight)
+        gradients = self.masters.gradients()
+        norm_ = self.masters.norm(gradients)
         norm, total = float(norm_), sum(losses) + balance_loss
         if not (abs(total) < float("inf") and norm <= config.optimizer.largest_norm):
-            raise describe_fault(self.model, batch.parts(config.micro_batch_size), planned.step, total, norm)
-        clip_gradients(self.optimizer.parameters(), norm_, config.optimizer.clip)
+            parts = batch.parts(config.micro_batch_size)
+            where = self.dispatcher, self.ranks
+            raise describe_fault(self.model, parts, planned.step, total, norm, gradients, *where)
+        clip_gradients(gradients, norm_, config.optimizer.clip)
         lr = config.optimizer.learning_rate(planned.step, self.plan.num_steps, planned.share)
         speed = config.balance.bias_speed * config.balance.schedule()(planned.share)
         if self.average is not None:
             self.average.wait()
-        self.optimizer.step(lr)
-        self.optimizer.zero_grad()
+        self.optimizer.step(self.masters.tensors, gradients, lr)
+        self.masters.publish()
+        self.masters.zero_grad()
         update_biases(self.model, loads, speed)
         if self.average is not None:
             self.average.start()
@@ -99,44 +136,75 @@ class Trainer:
         starved = tuple(self.alarm.add(loads))
         return StepResult(losses[0], tuple(losses[1:]), balance_loss, norm, lr, mtp_weight, speed, loads, starved)
 
-    def _gradients(self, batch: Batch, mtp_weight: float) -> tuple[list[float], float, Loads]:
-        """Forward and backward of each micro-batch: losses of main model and depths, balance loss, loads."""
+    def rows(self, step: int) -> tuple[int, int]:
+        """First row of the stream, and how many, that this rank trains on in ``step``."""
+        planned = self.plan.step(step)
+        return self.ranks.share(planned.first_row, planned.num_rows)
+
+    def _backward(self, batch: Batch, mtp_weight: float) -> tuple[list[float], float, Loads]:
+        """Forward and backward of each micro-batch: losses of main model and depths, balance loss, loads, all of the
+        global batch."""
         depths = len(self.model.mtp)
-        counts = [aim.num_learned for aim in targets(batch, depths)]
+        counts = self.ranks.sum_counts([aim.num_learned for aim in targets(batch, depths)])
         parts = batch.parts(self.config.micro_batch_size)
-        balance = self._balance(1 / len(parts))
+        balance = self._balance(1 / (len(parts) * self.ranks.num_ranks))
         losses, balance_loss, loads = [0.0] * (depths + 1), 0.0, Loads()
-        for part in parts:
-            found = training_loss(self.model, part, mtp_weight, balance, counts)
+        for number, part in enumerate(parts):
+            found = training_loss(self.model, part, mtp_weight, balance, counts, self.dispatcher)
+            if number == len(parts) - 1:
+                self.masters.arm()
             found.total.backward()
             add_loads(loads, found.step.routings)
             losses = [sum_ + loss for sum_, loss in zip(losses, found.parts, strict=True)]
             balance_loss += sum(float(loss) for loss in found.step.balance_losses.values())
-        return losses, balance_loss, loads
+        *losses, balance_loss = self.ranks.sum([*losses, balance_loss])
+        return losses, balance_loss, self.ranks.sum_loads(loads)
+
+    def place(self, placements: Mapping[int, Placement]) -> None:
+        """Let the experts' slots hold what ``placements`` says, from the next step on.  All ranks call it together.
+
+        Raises:
+            ValueError: a run on one rank, or a placement that does not fit its layer; nothing is changed then.
+        """
+        if not isinstance(self.masters, ShardedMasters) or self._ranks_dispatcher is None:
+            raise ValueError("placements: all experts are on this rank; a mesh with ep above 1 has others to move to")
+        self.masters.place(placements)
+        self._ranks_dispatcher.place(self.model.placements())
 
     def _balance(self, scale: float) -> BalanceLosses | None:
         moe = self.model.spec.moe
         losses = None if moe is None else BalanceLosses(moe, self.config.balance, scale)
         return losses if losses is not None and losses.wanted else None
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, saving: bool = True) -> dict[str, Tensor | Sharded]:
         """Every tensor of the run's state, by a name that says what it is; the live ones, not copies.
 
-        Parameters and biases, both moments, the average, and torch's generator.
+        Parameters and biases, both moments, the average, and torch's generator.  On many ranks, what this rank gives to
+        a checkpoint, or what it must be given from one: call :meth:`restore` then.
         """
+        self.masters.wait()
         if self.average is not None:
             self.average.wait()
-        return dict(self._tensors())
+        return dict(self._tensors(saving))
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self.model.state_dict().items():
-            yield f"model/{name}", tensor
-        for name in self.optimizer.means:
-            yield f"optimizer/{name}/mean", self.optimizer.means[name]
-            yield f"optimizer/{name}/square", self.optimizer.squares[name]
-        for name, tensor in ({} if self.average is None else self.average.tensors).items():
+    def _tensors(self, saving: bool) -> Iterator[tuple[str, Tensor | Sharded]]:
+        if self.mesh is None:
+            rest: Mapping[str, Tensor | Sharded] = untrained(self.model)
+        else:
+            rest = untrained_parts(self.model, self.mesh, saving)
+        model = {**as_saved(self.masters, self.masters.tensors), **rest}
+        for name in self.model.state_dict():
+            yield f"model/{name}", _detached(model[name])
+        optimizer = self.optimizer
+        means, squares = as_saved(self.masters, optimizer.means), as_saved(self.masters, optimizer.squares)
+        for name in means:
+            yield f"optimizer/{name}/mean", means[name]
+            yield f"optimizer/{name}/square", squares[name]
+        for name, tensor in ({} if self.average is None else as_saved(self.masters, self.average.tensors)).items():
             yield f"average/{name}", tensor
-        yield "generator/torch", torch.get_rng_state()
+        state = torch.get_rng_state()
+        spoken_for = self.mesh is not None and saving and not self.mesh.is_first
+        yield "generator/torch", Sharded(tuple(state.shape), state.dtype) if spoken_for else state
 
     def fields(self) -> dict[str, Any]:
         """The rest of the state, as JSON."""
@@ -150,9 +218,32 @@ class Trainer:
         }
 
     def restore(self, fields: Mapping[str, Any], generator: Tensor) -> None:
-        """Go on from a state whose other tensors have been filled in place (:meth:`tensors`)."""
+        """Go on from a state whose other tensors have been filled in place (:meth:`tensors`).
+
+        Raises:
+            ValueError: a state after other rows than this run's plan has by then.
+        """
+        planned = self.plan.first_rows[fields["steps_done"]]
+        if fields["rows"] != planned:
+            raise ValueError(
+                f"the checkpoint is after {fields['rows']:,} rows and {fields['steps_done']} steps of this run are "
+                f"{planned:,}: a batch size that grows is rounded to whole micro-batches on every rank; resume on a "
+                "mesh of the same dp, or with the micro_batch_size at which dp times it is what it was"
+            )
         self.steps_done = fields["steps_done"]
         self.optimizer.steps = fields["optimizer_steps"]
         self.seconds = fields["seconds"]
         self.alarm.dry = {int(layer): list(counts) for layer, counts in fields["dry"].items()}
         torch.set_rng_state(generator)
+        self.masters.publish()
+
+    def close(self) -> None:
+        """End the threads and take the hooks off the model."""
+        if self._ranks_dispatcher is not None:
+            self._ranks_dispatcher.close()
+        if isinstance(self.masters, ShardedMasters):
+            self.masters.close()
+
+
+def _detached(tensor: Tensor | Sharded) -> Tensor | Sharded:
+    return tensor if isinstance(tensor, Sharded) else tensor.detach()

@@ -10,7 +10,7 @@ from abyssal.train.ema import HostAverage
 
 def test_average_is_its_definition() -> None:
     model = nn.Linear(3, 2, dtype=torch.float64)
-    average = HostAverage(model, 0.75)
+    average = HostAverage(dict(model.named_parameters()), 0.75)
     wanted = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for step in range(4):
         average.wait()
@@ -27,7 +27,7 @@ def test_average_is_its_definition() -> None:
 
 def test_it_starts_as_the_parameters_and_shares_no_memory() -> None:
     model = nn.Linear(3, 2, dtype=torch.bfloat16)
-    average = HostAverage(model, 0.9)
+    average = HostAverage(dict(model.named_parameters()), 0.9)
     assert average.tensors["weight"].dtype == torch.float32
     assert torch.equal(average.tensors["weight"], model.weight.detach().float())
     with torch.no_grad():

@@ -127,7 +127,7 @@ def test_matrices_decay_and_norms_do_not() -> None:
     before = {name: p.detach().clone() for name, p in found.model.named_parameters()}
     for parameter in found.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    found.optimizer.step(0.5)
+    found.optimizer.step(found.masters.tensors, found.masters.gradients(), 0.5)
     for name, parameter in found.model.named_parameters():
         factor = 1.0 if name.endswith("norm.weight") else 0.75
         torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-12, atol=0, msg=name)
