@@ -1,0 +1,226 @@
+"""A small model trained on one rank and on many: what each case runs on a rank, and what of it is compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+
+from abyssal.checkpoint.shards import Sharded
+from abyssal.data.batch import Batch
+from abyssal.model.lora import LoraConfig, add_lora
+from abyssal.parallel.mesh import Mesh
+from abyssal.spec.model import LatentAttentionSpec, ModelSpec, MoESpec
+from abyssal.spec.placement import Placement
+from abyssal.train.config import BalanceConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from abyssal.train.loop import build_model
+from abyssal.train.masters import as_saved
+from abyssal.train.ranks import expert_share
+from abyssal.train.step import StepResult, Trainer
+
+SPEC = ModelSpec(
+    family="deepseek_v3",
+    vocab_size=96,
+    hidden_size=24,
+    num_layers=2,
+    dense_ffn_size=40,
+    attention=LatentAttentionSpec(
+        num_heads=2, q_lora_rank=12, kv_lora_rank=10, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=7
+    ),
+    moe=MoESpec(
+        num_experts=16, num_shared_experts=1, top_k=4, expert_ffn_size=12, num_groups=4, num_kept_groups=2,
+        route_scale=1.5,
+    ),
+    num_dense_layers=1,
+    mtp_depth=1,
+    max_positions=64,
+    init_std=0.1,
+)  # fmt: skip
+CONFIG = TrainConfig(
+    steps=20,
+    seq_len=10,
+    batch_size=16,
+    compute="float64",
+    optimizer=OptimizerConfig(lr=5e-3, warmup_steps=2, clip=0.5),
+    balance=BalanceConfig(bias_speed=0.01, sequence_alpha=0.1, expert_alpha=0.05, communication_alpha=0.02),
+    validate_every=100,
+)
+COMPARED_STEPS = (0, 9, 19)
+"""After which the gradients are kept; losses are kept of all."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train the same model on the same rows."""
+
+    mesh: str = "dp=2,ep=2"
+    ranks_per_node: int | None = None
+    dispatch: Any = "alltoall"
+    micro_batch_size: int | None = None
+    redundant: int = 0
+    moves: bool = False
+    """Change the placement after every third step."""
+    lora: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+    """Other fields of the config, of the reference too."""
+    masked: bool = False
+    """Documents, and targets that are not learned, unevenly over the rows."""
+
+    @property
+    def world_size(self) -> int:
+        return ParallelConfig(mesh=self.mesh).mesh_spec(_size(self.mesh)).world_size
+
+
+def _size(mesh: str) -> int:
+    sizes = dict(part.split("=") for part in mesh.split(","))
+    return int(sizes.get("pp", 1)) * int(sizes.get("dp", 1))
+
+
+@dataclass
+class Outcome:
+    """What a rank, or the reference, saw."""
+
+    losses: list[tuple[float, ...]] = field(default_factory=list)
+    """By step: loss, MTP losses, balance loss, gradient norm."""
+    loads: list[dict[int, list[int]]] = field(default_factory=list)
+    gradients: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By step and parameter: a tensor, or this rank's shards as (shape, [(offsets, tensor)])."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """Every tensor of the trainer after the last step, likewise."""
+    routings: list[dict[int, Tensor]] = field(default_factory=list)
+
+
+def batch(step: int, masked: bool = False) -> Batch:
+    generator = np.random.default_rng((7, step))
+    columns = CONFIG.seq_len + 1 + SPEC.mtp_depth
+    tokens_BX = generator.integers(0, SPEC.vocab_size, (CONFIG.batch_size, columns))
+    if not masked:
+        return Batch(tokens_BX)
+    cuts = generator.integers(1, columns, CONFIG.batch_size)
+    documents = tuple((int(cut), columns - int(cut)) for cut in cuts)
+    trained_BX = generator.random(tokens_BX.shape) < generator.random((CONFIG.batch_size, 1))
+    return Batch(tokens_BX, trained_BX, documents)
+
+
+def config_of(case: Case) -> TrainConfig:
+    parallel = ParallelConfig(
+        mesh=case.mesh, ranks_per_node=case.ranks_per_node, dispatch=case.dispatch, redundant_experts=case.redundant,
+        rebalance_every=3 if case.moves else 0,
+    )  # fmt: skip
+    fields = {"micro_batch_size": case.micro_batch_size, "parallel": parallel, **case.config}
+    return dataclasses.replace(CONFIG, **fields)
+
+
+def reference(case: Case, steps: int = 20) -> Outcome:
+    """The same on one rank, the batch in one piece."""
+    config = dataclasses.replace(config_of(case), parallel=ParallelConfig(), micro_batch_size=None)
+    model = build_model(SPEC, config)
+    if case.lora:
+        add_lora(model, LORA, torch.Generator().manual_seed(3))
+    return run(Trainer(model, config), case, steps)
+
+
+LORA = LoraConfig(rank=3, alpha=6.0, targets=("attention", "experts", "ffn"))
+
+
+def on_a_rank(case: Case, steps: int = 20) -> Outcome:
+    """To be run by every worker."""
+    config = config_of(case)
+    spec = config.parallel.mesh_spec(distributed.get_world_size())
+    mesh = Mesh(spec)
+    try:
+        share = expert_share(SPEC, config.parallel, spec, mesh.rank)
+        model = build_model(SPEC, config, share)
+        if case.lora:
+            add_lora(model, LORA, torch.Generator().manual_seed(3))
+        trainer = Trainer(model, config, mesh)
+        try:
+            return run(trainer, case, steps)
+        finally:
+            trainer.close()
+    finally:
+        mesh.close()
+
+
+def run(trainer: Trainer, case: Case, steps: int) -> Outcome:
+    outcome, collect = Outcome(), trainer.masters.gradients
+    kept: dict[str, Any] = {}
+
+    def gradients() -> dict[str, Tensor]:
+        found = collect()
+        copies = {name: gradient.clone() for name, gradient in found.items()}
+        kept.update({name: _plain(value) for name, value in as_saved(trainer.masters, copies).items()})
+        return found
+
+    trainer.masters.gradients = gradients  # type: ignore[method-assign]
+    for step in range(steps):
+        first, count = trainer.rows(step)
+        offset = first - trainer.plan.step(step).first_row
+        result = trainer.step(batch(step, case.masked).part(offset, offset + count))
+        outcome.losses.append(_figures(result))
+        outcome.loads.append({layer: load_E.tolist() for layer, load_E in result.loads.items()})
+        if step in COMPARED_STEPS:
+            outcome.gradients[step] = dict(kept)
+        if case.moves and trainer.mesh is not None and step % 3 == 2:
+            trainer.place({layer: moved(one, step) for layer, one in trainer.model.placements().items()})
+    outcome.state = {name: _plain(value) for name, value in trainer.tensors().items()}
+    return outcome
+
+
+def moved(placement: Placement, seed: int) -> Placement:
+    """Another placement of as many slots: experts in a random order, random ones several times."""
+    generator = np.random.default_rng(seed)
+    spare = generator.integers(0, placement.num_experts, placement.num_slots - placement.num_experts)
+    slots = generator.permutation([*range(placement.num_experts), *spare.tolist()])
+    return Placement(placement.num_experts, tuple(int(slot) for slot in slots), placement.num_ranks)
+
+
+def _figures(result: StepResult) -> tuple[float, ...]:
+    return (result.loss, *result.mtp_losses, result.balance_loss, result.grad_norm)
+
+
+def _plain(value: Tensor | Sharded) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.shape, [(shard.offsets, shard.tensor.detach().clone()) for shard in value.shards]
+
+
+def whole(parts: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The tensors that the ranks hold together; every element must be held once."""
+    found: dict[str, Tensor] = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if isinstance(values[0], Tensor):
+            found[name] = values[0]
+            continue
+        shape = values[0][0]
+        dtype = next(tensor.dtype for _, shards in values if isinstance(_, tuple) for __, tensor in shards)
+        tensor, held = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=torch.int64)
+        for _, shards in values:
+            for offsets, shard in shards:
+                where = tuple(slice(o, o + size) for o, size in zip(offsets, shard.shape, strict=True))
+                tensor[where] = shard
+                held[where] += 1
+        assert (held == 1).all(), f"{name}: held {held.min()} to {held.max()} times"
+        found[name] = tensor
+    return found
+
+
+def worst_difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest difference of any tensor over the largest value of that tensor."""
+    assert found.keys() == wanted.keys(), sorted(found.keys() ^ wanted.keys())
+    worst = (0.0, "")
+    for name, tensor in wanted.items():
+        assert found[name].shape == tensor.shape, name
+        if not tensor.is_floating_point():
+            assert torch.equal(found[name], tensor), name
+            continue
+        largest = float(tensor.abs().max())
+        difference = float((found[name].double() - tensor.double()).abs().max())
+        worst = max(worst, (difference / largest if largest else difference, name))
+    return worst
