@@ -32,3 +32,9 @@ def roundtrip(kind, spec, slots):
 def test_roundtrip(workers):
     workers(2)(roundtrip, "alltoall", MeshSpec(dp=2, ep=2), (0, 1, 2, 3))
     workers(4)(roundtrip, "alltoall", MeshSpec(dp=4, ep=2, ranks_per_node=2), (0, 1, 2, 3, 0, 1))
+
+
+def test_roundtrip_hierarchical(workers):
+    workers(2)(roundtrip, "hierarchical", MeshSpec(dp=2, ep=2), (0, 1, 2, 3))
+    workers(4)(roundtrip, "hierarchical", MeshSpec(dp=4, ep=4, ranks_per_node=2), (0, 1, 2, 3, 0, 1, 4, 5))
+    workers(4)(roundtrip, "hierarchical", MeshSpec(dp=4, ep=2, ranks_per_node=1), (0, 1, 2, 3, 0, 1))

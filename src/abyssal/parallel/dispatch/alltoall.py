@@ -21,9 +21,11 @@ from torch import Tensor
 
 from abyssal.kernels.row_sums import row_sums
 from abyssal.model.dispatch import Handle, SlotMap
+from abyssal.parallel.dispatch.checks import check_fingerprints, check_placements, check_rows, fingerprint
 from abyssal.parallel.dispatch.exchange import Peers
 from abyssal.parallel.dispatch.lane import Lane
 from abyssal.parallel.dispatch.links import LinkBytes, Traffic
+from abyssal.parallel.dispatch.order import inverse, runs, take
 from abyssal.parallel.mesh import Mesh
 from abyssal.spec.placement import Placement
 
@@ -101,7 +103,8 @@ class AllToAllDispatcher:
         slots_A = slot_map(expert_ids_TK).flatten()
         order_A = slots_A.argsort(stable=True)
         counts_RE = torch.bincount(slots_A, minlength=slot_map.num_slots).view(self._peers.size, -1)
-        arrival = self._lane.submit(f"plan of layer {layer}", lambda: self._announce(counts_RE))
+        own = fingerprint(layer, self.placements[layer], expert_ids_TK.shape[1])
+        arrival = self._lane.submit(f"plan of layer {layer}", lambda: self._announce(counts_RE, own, layer))
         return AllToAllPlan(layer, order_A, inverse(order_A), expert_ids_TK.shape[1], arrival)
 
     def start_dispatch(self, x_TD: Tensor, weights_TK: Tensor | None, plan: AllToAllPlan) -> Handle[Sent]:
@@ -113,17 +116,17 @@ class AllToAllDispatcher:
             weights_A = None if weights_TK is None else weights_TK.flatten().index_select(0, plan.order_A)
             arrival = plan.arrival.wait()
             rows_AD, weights_A = self._travel(rows_AD, weights_A, arrival.sent, arrival.received, self.traffic.dispatch)
-            return _take(rows_AD, weights_A, arrival.order_A)
+            return take(rows_AD, weights_A, arrival.order_A)
 
         return self._lane.submit(f"dispatch of layer {plan.layer}", send)
 
     def start_combine(self, rows_AD: Tensor, weights_A: Tensor | None, plan: AllToAllPlan) -> Handle[Sent]:
-        """As the protocol says; an error of the handle for other rows than the plan's."""
+        """As the protocol says; ValueError for other rows than the plan's."""
+        check_rows("rows", len(rows_AD), sum(plan.counts))
 
         def send() -> Sent:
             arrival = plan.arrival.wait()
-            check_rows("rows", len(rows_AD), len(arrival.order_A))
-            rows, weights = _take(rows_AD, weights_A, arrival.inverse_A)
+            rows, weights = take(rows_AD, weights_A, arrival.inverse_A)
             rows, weights = self._travel(rows, weights, arrival.received, arrival.sent, self.traffic.combine)
             sum_TD = row_sums(rows, plan.inverse_A.view(-1, plan.top_k))
             weights_TK = None if weights is None else weights.index_select(0, plan.inverse_A).view(-1, plan.top_k)
@@ -131,15 +134,18 @@ class AllToAllDispatcher:
 
         return self._lane.submit(f"combine of layer {plan.layer}", send)
 
-    def _announce(self, counts_RE: Tensor) -> Arrival:
+    def _announce(self, counts_RE: Tensor, own: int, layer: int) -> Arrival:
         """Tell each rank how many rows its slots get from here."""
         ones = [1] * self._peers.size
-        received_RE, work = self._peers.exchange(counts_RE, ones, ones, self.traffic.plan)
+        message = torch.cat([counts_RE, counts_RE.new_full((len(counts_RE), 1), own)], 1)
+        received, work = self._peers.exchange(message, ones, ones, self.traffic.plan)
         sent_R = counts_RE.sum(1)
         if work is not None:
             work.wait()
+        check_fingerprints(own, received[:, -1].tolist(), layer)
+        received_RE = received[:, :-1]
         slots_RE = torch.arange(received_RE.shape[1], device=received_RE.device).expand_as(received_RE)
-        order_A = slots_RE.flatten().repeat_interleave(received_RE.flatten()).argsort(stable=True)
+        order_A = runs(slots_RE.flatten(), received_RE.flatten()).argsort(stable=True)
         counts, received = received_RE.sum(0).tolist(), received_RE.sum(1).tolist()
         return Arrival(counts, sent_R.tolist(), received, order_A, inverse(order_A))
 
@@ -154,30 +160,3 @@ class AllToAllDispatcher:
             if work is not None:
                 work.wait()
         return rows, weights
-
-
-def _take(rows_AD: Tensor, weights_A: Tensor | None, index_A: Tensor) -> Sent:
-    return rows_AD.index_select(0, index_A), None if weights_A is None else weights_A.index_select(0, index_A)
-
-
-def inverse(order_A: Tensor) -> Tensor:
-    """The permutation that undoes ``order_A``."""
-    inverse_A = torch.empty_like(order_A)
-    inverse_A[order_A] = torch.arange(len(order_A), device=order_A.device)
-    return inverse_A
-
-
-def check_rows(what: str, given: int, planned: int) -> None:
-    """Refuse tensors of another plan."""
-    if given != planned:
-        raise ValueError(f"{what}: {given} were given and the plan is for {planned}; give those it was made for")
-
-
-def check_placements(placements: Mapping[int, Placement], num_ranks: int) -> None:
-    """Refuse placements over another number of ranks than the group has."""
-    for layer, placement in placements.items():
-        if placement.num_ranks != num_ranks:
-            raise ValueError(
-                f"placement of layer {layer} is over {placement.num_ranks} ranks and the expert group has {num_ranks}; "
-                f"make it with num_ranks={num_ranks}"
-            )

@@ -7,6 +7,7 @@ from typing import Literal, Protocol, get_args
 
 from abyssal.model.dispatch import Dispatcher
 from abyssal.parallel.dispatch.alltoall import AllToAllDispatcher
+from abyssal.parallel.dispatch.hierarchical import HierarchicalDispatcher
 from abyssal.parallel.dispatch.links import Traffic
 from abyssal.parallel.mesh import Mesh
 from abyssal.spec.placement import Placement
@@ -27,7 +28,9 @@ class RankDispatcher(Dispatcher, Protocol):
     def close(self) -> None: ...
 
 
-def open_dispatcher(kind: DispatcherKind, placements: Mapping[int, Placement], mesh: Mesh) -> RankDispatcher:
+def open_dispatcher(
+    kind: DispatcherKind, placements: Mapping[int, Placement], mesh: Mesh, num_chunks: int = 1
+) -> RankDispatcher:
     """The dispatcher of that name.
 
     Raises:
@@ -35,4 +38,6 @@ def open_dispatcher(kind: DispatcherKind, placements: Mapping[int, Placement], m
     """
     if kind == "alltoall":
         return AllToAllDispatcher(placements, mesh)
+    if kind == "hierarchical":
+        return HierarchicalDispatcher(placements, mesh, num_chunks)
     raise ValueError(f"dispatch is {kind!r}; give one of {', '.join(get_args(DispatcherKind))}")

@@ -1,0 +1,187 @@
+"""Node-limited expert parallelism in two hops: a token crosses to a node once [V3 section 3.2.2].
+
+A token first crosses to the rank of the sender's index on every node that holds one of its experts (``mesh.across``),
+once a node, and is handed on from there inside the node (``mesh.inside``), once to every rank that holds one of them;
+the rank of the experts then copies it to the rows of its slots.  V3's router chooses experts on at most four nodes, so
+eight choices cost at most four crossings of the slow link.
+
+Combine is the reverse.  The rows of one token are added up at the rank of the experts, then at the rank that handed it
+on, then at its own, so one row a token and node crosses.  Each of these sums is taken in FP32 at least and rounded
+where it leaves: a BF16 row is rounded up to three times on its way, where one rank alone rounds once, and choices are
+added in another order (within a rank in the router's order, then by rank, then by node).  So the result is the local
+one but for the last bits; when all of a token's experts are on one rank it has the same bits.  Weights and their
+gradients are never added and come back as they are.
+
+What travels in dispatch are the bytes that it is given: FP8 where the recipe quantises tokens.
+
+Tokens are cut into chunks, and one crosses while the one before is handed on.  The number of chunks, not their size,
+is the setting: ranks with different numbers of tokens then agree without asking.  It changes no bits
+(``dispatch/tune.py`` measures which is fastest).
+
+The trade-off not taken: the sum of a node's partial sums in FP32 on the way, twice the bytes.
+
+Legend: T tokens, D model (or bytes of a token), K chosen experts, A rows sorted by slot, E choices, Q copies held,
+W summands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abyssal.kernels.row_sums import row_sums
+from abyssal.model.dispatch import Handle, SlotMap
+from abyssal.parallel.dispatch.checks import check_placements, check_rows, fingerprint
+from abyssal.parallel.dispatch.exchange import Peers
+from abyssal.parallel.dispatch.hops import Hop, open_hop, travel_back, travel_out, with_zero_row
+from abyssal.parallel.dispatch.lane import Lane
+from abyssal.parallel.dispatch.links import Traffic
+from abyssal.parallel.dispatch.order import inverse
+from abyssal.parallel.dispatch.routes import Held, summands, tokens_held
+from abyssal.parallel.mesh import Mesh
+from abyssal.spec.placement import Placement
+
+Sent = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class Route:
+    """Both hops, and the rows at the experts; known when all ranks have said what they send."""
+
+    across: Hop
+    inside: Hop
+    counts: list[int]
+    """Rows of each local slot."""
+    order_A: Tensor
+    """Place among the choices that arrived of each row sorted by slot."""
+    inverse_A: Tensor
+    copy_A: Tensor
+    """Row of the buffer that holds the token of each row."""
+    sums_QW: Tensor
+    """For each row of that buffer its rows at the experts, in the router's order."""
+
+
+@dataclass(frozen=True)
+class HierarchicalPlan:
+    """Where each row goes."""
+
+    layer: int
+    shape: tuple[int, int]
+    """T, K."""
+    route: Handle[Route]
+
+    @property
+    def counts(self) -> Sequence[int]:
+        return self.route.wait().counts
+
+
+class HierarchicalDispatcher:
+    """Experts spread over the ranks of ``mesh.experts``, reached by ``mesh.across`` and then ``mesh.inside``.
+
+    All ranks of the expert group plan and start in the same order.  While anything is under way nobody else may use
+    these groups.
+
+    Args:
+        placements: the placement of each MoE layer's experts, over as many ranks as the expert group has.
+        num_chunks: into how many pieces a rank's tokens are cut.
+
+    Raises:
+        ValueError: a placement over another number of ranks, or no chunk.
+    """
+
+    def __init__(self, placements: Mapping[int, Placement], mesh: Mesh, num_chunks: int = 1) -> None:
+        self.traffic = Traffic()
+        self.num_chunks = num_chunks
+        self._across, self._inside = Peers(mesh.across, mesh.spec), Peers(mesh.inside, mesh.spec)
+        self._device = mesh.device
+        self._first_turn = mesh.place.expert
+        self.lane = Lane(mesh.device)
+        self.place(placements)
+
+    @property
+    def num_chunks(self) -> int:
+        """To be set on all ranks at the same point."""
+        return self._num_chunks
+
+    @num_chunks.setter
+    def num_chunks(self, chunks: int) -> None:
+        if chunks < 1:
+            raise ValueError(f"num_chunks is {chunks}: give 1 or more")
+        self._num_chunks = chunks
+
+    def place(self, placements: Mapping[int, Placement]) -> None:
+        """Plan with ``placements`` from now on.  Plans made before keep theirs."""
+        check_placements(placements, self._across.size * self._inside.size)
+        self.placements = dict(placements)
+        self._slot_maps = {
+            layer: SlotMap(placement, self._device, self._first_turn) for layer, placement in placements.items()
+        }
+
+    def close(self) -> None:
+        """End the dispatcher's thread."""
+        self.lane.close()
+
+    def plan(self, layer: int, expert_ids_TK: Tensor) -> HierarchicalPlan:
+        slots_TK, placement, chunks = self._slot_maps[layer](expert_ids_TK), self.placements[layer], self.num_chunks
+
+        def find() -> Route:
+            return self._find_route(layer, slots_TK, placement, chunks)
+
+        tokens, choices = expert_ids_TK.shape
+        return HierarchicalPlan(layer, (tokens, choices), self.lane.submit(f"plan of layer {layer}", find))
+
+    def start_dispatch(self, x_TD: Tensor, weights_TK: Tensor | None, plan: HierarchicalPlan) -> Handle[Sent]:
+        """As the protocol says; ValueError for other tokens than the plan's."""
+        check_rows("tokens", len(x_TD), plan.shape[0])
+
+        def send() -> Sent:
+            route = plan.route.wait()
+            weights_E = None if weights_TK is None else weights_TK.flatten()
+            copies, weights_E = travel_out(route.across, route.inside, x_TD, weights_E, self.traffic.dispatch)
+            rows_AD = copies.index_select(0, route.copy_A)
+            return rows_AD, None if weights_E is None else weights_E.index_select(0, route.order_A)
+
+        return self.lane.submit(f"dispatch of layer {plan.layer}", send)
+
+    def start_combine(self, rows_AD: Tensor, weights_A: Tensor | None, plan: HierarchicalPlan) -> Handle[Sent]:
+        """As the protocol says; ValueError for other rows than the plan's."""
+        check_rows("rows", len(rows_AD), sum(plan.counts))
+
+        def send() -> Sent:
+            route = plan.route.wait()
+            weights_E = None if weights_A is None else weights_A.index_select(0, route.inverse_A)
+            parts = with_zero_row(rows_AD) if route.sums_QW.shape[1] > 1 else rows_AD
+            sum_TD, weights_E = travel_back(
+                route.across,
+                route.inside,
+                lambda chunk: row_sums(parts, route.sums_QW[chunk]),
+                rows_AD,
+                weights_E,
+                self.traffic.combine,
+            )
+            return sum_TD, None if weights_E is None else weights_E.view(plan.shape)
+
+        return self.lane.submit(f"combine of layer {plan.layer}", send)
+
+    def _find_route(self, layer: int, slots_TK: Tensor, placement: Placement, chunks: int) -> Route:
+        nodes, ranks, slots = self._across.size, self._inside.size, placement.slots_per_rank
+        own = fingerprint(layer, placement, slots_TK.shape[1], chunks)
+        held, counted = tokens_held(slots_TK, chunks), self.traffic.plan
+        across, held = open_hop(self._across, held, ranks * slots, 1, chunks, own, layer, counted)
+        inside, held = open_hop(self._inside, held, slots, nodes, chunks, own, layer, counted)
+        return _at_experts(across, inside, held, slots)
+
+
+def _at_experts(across: Hop, inside: Hop, held: Held, num_slots: int) -> Route:
+    """Copies at the rank of their experts, each choice a row, in order of slot, source rank and token."""
+    nodes, ranks = across.peers.size, inside.peers.size
+    source_E = held.source_P[held.copy_E]  # by the rank that handed it on, then by the node it came from
+    rank_E = source_E % nodes * ranks + source_E // nodes
+    order_A = (held.slot_E * (nodes * ranks) + rank_E).argsort(stable=True)
+    inverse_A, place_E = inverse(order_A), held.place_P[held.copy_E]
+    sums_QW = summands(place_E, len(held.place_P), inverse_A)
+    counts = torch.bincount(held.slot_E, minlength=num_slots).tolist()
+    return Route(across, inside, counts, order_A, inverse_A, place_E[order_A], sums_QW)
