@@ -9,43 +9,27 @@ its slots are equal.
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from abyssal.checkpoint.contents import check_copies, match
 from abyssal.checkpoint.folder import CheckpointFolder
-from abyssal.checkpoint.layout import (
-    MAX_SHARD_BYTES,
-    Format,
-    StoredTensor,
-    check_format,
-    encode_rows,
-    plan_shards,
-    store,
-    write_index,
-    write_json,
-    write_tensor,
+from abyssal.checkpoint.layout import MAX_SHARD_BYTES, Format, check_format
+from abyssal.checkpoint.model_folder import (
+    FolderOptions,
+    ModelWeights,
+    SavesTokenizer,
+    check_free,
+    write_model_folder,
 )
 from abyssal.checkpoint.names import Piece, check_complete, checkpoint_table
-from abyssal.checkpoint.safetensors_file import SafetensorsWriter, sync_folder
-from abyssal.checkpoint.weight_formats import WeightFormats
-from abyssal.model.experts import Experts
+from abyssal.checkpoint.regions import logical_shapes, regions, slots_of
 from abyssal.model.lora import lora_parameters
 from abyssal.model.transformer import Transformer
-from abyssal.spec.hf_config import CONFIG_NAME, write_config
 from abyssal.spec.placement import Placement
-
-
-class SavesTokenizer(Protocol):
-    """What a save needs of a tokenizer."""
-
-    def save(self, folder: str | Path) -> None: ...
 
 
 def load_model(
@@ -135,117 +119,23 @@ def save_model(
             weight that is infinite or NaN and cannot be FP8, by name.
     """
     folder, form = Path(os.path.abspath(folder)), check_format(dtype, max_shard_bytes)
-    if folder.exists() and not (overwrite and folder.is_dir()):
-        raise ValueError(f"{folder}: exists; give another folder, or overwrite=True if it is one to be replaced")
+    check_free(folder, overwrite)
     if lora_parameters(model):
         raise ValueError(f"{folder}: the model has adapters; merge_lora(model) first, or save_adapter for them alone")
-    table = checkpoint_table(model.spec, include_mtp)
-    tensors = model.state_dict()
-    slots = _slots(model, tensors)
-    _check_table(model, tensors, slots)
-    written = {piece.hf_name: piece for piece in table if not piece.optional}
-    weights = WeightFormats.of(model, written.values()) if form == "fp8" else None
-    stored = [store(piece, form if weights is None else weights.form(piece)) for piece in written.values()]
-    shards = plan_shards(stored, max_shard_bytes)
-
-    def rows_of(stored: StoredTensor, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        region, *replicas = _regions(written[stored.name], tensors, slots)
-        rows = region[start:stop]
-        for replica in replicas:
-            assert torch.equal(rows, replica[start:stop]), f"slots of one expert differ: {stored.name}"
-        return encode_rows(stored, rows.cpu(), weights is not None and weights.power_of_two)
-
-    with _whole_folder(folder) as partial:
-        for shard in shards:
-            with SafetensorsWriter(partial / shard.file, shard.entries) as writer:
-                for stored in shard.tensors:
-                    for _ in write_tensor(writer, stored, rows_of):
-                        pass
-        write_index(partial, shards)
-        plain = "float32" if form == "fp32" else "bfloat16"
-        config = write_config(model.spec, plain, None if weights is None else weights.quantization(), include_mtp)
-        if weights is not None:
-            weights.complete(config)
-        write_json(partial / CONFIG_NAME, config)
-        if tokenizer is not None:
-            tokenizer.save(partial)
+    options = FolderOptions(form, tokenizer, include_mtp, max_shard_bytes, overwrite)
+    write_model_folder(ModelWeights(model), folder, options)
 
 
 def _fill(model: nn.Module, folder: CheckpointFolder, pieces: tuple[Piece, ...]) -> None:
     adapters = lora_parameters(model)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in adapters}
-    slots = _slots(model, tensors)
-    check_complete(pieces, _logical_shapes(tensors, slots, pieces))
+    slots = slots_of(model, tensors)
+    check_complete(pieces, logical_shapes(tensors, slots, pieces))
     for piece in sorted(pieces, key=lambda piece: folder.position(piece.hf_name)):
         if piece.copy_of is not None:
             continue
-        regions = _regions(piece, tensors, slots)  # none for an expert that lives on another rank
-        for region in regions[:1]:
-            folder.fill(region, piece.hf_name)
-        for replica in regions[1:]:
-            replica.copy_(regions[0])
-
-
-def _regions(piece: Piece, tensors: Mapping[str, Tensor], slots: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
-    """The rows of our parameter that a tensor is, once for each slot that holds its expert."""
-    parameter = tensors[piece.parameter]
-    matrices = (
-        [parameter]
-        if piece.expert is None
-        else [parameter[slot] for slot, expert in enumerate(slots[piece.parameter]) if expert == piece.expert]
-    )
-    return matrices if piece.rows is None else [matrix[slice(*piece.rows)] for matrix in matrices]
-
-
-def _slots(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """The logical expert of each slot, for each parameter whose module has slots."""
-    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in tensors}
-    return {name: owner.slots for name, owner in owners.items() if isinstance(owner, Experts)}
-
-
-def _logical_shapes(
-    tensors: Mapping[str, Tensor], slots: Mapping[str, tuple[int, ...]], pieces: tuple[Piece, ...]
-) -> dict[str, tuple[int, ...]]:
-    """Shapes of our parameters with logical experts, of which a rank may hold a few, as the leading axis."""
-    experts: dict[str, int] = {}
-    for piece in pieces:
-        if piece.expert is not None:
-            experts[piece.parameter] = max(experts.get(piece.parameter, 0), piece.expert + 1)
-    return {
-        name: (experts.get(name, 0), *tensor.shape[1:]) if name in slots else tuple(tensor.shape)
-        for name, tensor in tensors.items()
-    }
-
-
-def _check_table(model: Transformer, tensors: Mapping[str, Tensor], slots: Mapping[str, tuple[int, ...]]) -> None:
-    full = checkpoint_table(model.spec)
-    check_complete(full, _logical_shapes(tensors, slots, full))
-    for piece in full:
-        if piece.expert is not None and piece.expert not in slots[piece.parameter]:
-            raise ValueError(
-                f"expert {piece.expert} of {piece.parameter} is in no slot of this model; a model spread over ranks is "
-                "saved by its ranks together"
-            )
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes ``folder`` when the block ends well and is removed when it does not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.replaced")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed process with this number: containers repeat them
-    partial.mkdir()
-    try:
-        yield partial
-        if folder.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            folder.rename(replaced)
-        partial.rename(folder)
-        sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
+        targets = regions(piece, tensors, slots)  # none for an expert that lives on another rank
+        for target in targets[:1]:
+            folder.fill(target, piece.hf_name)
+        for replica in targets[1:]:
+            replica.copy_(targets[0])

@@ -138,7 +138,7 @@ def test_shards_and_index(tmp_path: Path) -> None:
 
 # ---- slots ----
 
-REPLICATED = Placement(num_experts=4, slots=(2, 0, 3, 1, 0, 2, 2, 1), num_ranks=2)
+REPLICATED = Placement(num_experts=4, slots=(2, 0, 3, 1, 0, 2, 2, 1))
 
 
 def test_a_load_fills_every_slot_and_a_save_writes_each_expert_once(tmp_path: Path) -> None:
@@ -153,6 +153,24 @@ def test_a_load_fills_every_slot_and_a_save_writes_each_expert_once(tmp_path: Pa
             assert torch.equal(spread.state_dict()[name], plain.state_dict()[name][list(REPLICATED.slots)])
     save_model(spread, tmp_path / "spread", "fp32")
     assert contents(tmp_path / "spread") == contents(folder)
+
+
+def test_a_rank_reads_the_experts_of_its_slots(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "m")
+    whole = load_model(folder).state_dict()
+    placement = replace(REPLICATED, num_ranks=2)
+    for rank in range(2):
+        model = load_model(folder, placements={1: placement, 2: placement}, expert_rank=rank)
+        for name, tensor in model.state_dict().items():
+            expected = whole[name][list(placement.experts_of_rank(rank))] if ".experts." in name else whole[name]
+            assert torch.equal(tensor, expected), name
+        assert model.get_parameter("layers.1.ffn.experts.w_down_EDF").shape[0] == 4
+    with pytest.raises(ValueError, match=r"expert 3 of layers\.1\..* is in no slot of this model; a model spread over"):
+        save_model(model, tmp_path / "part")
+    without = load_model(folder, mtp=False, placements={1: placement, 2: placement}, expert_rank=1)
+    assert list(without.placements()) == [1]
+    with pytest.raises(ValueError, match=r"placements: layers \[0\] have no experts"):
+        load_model(folder, placements={0: placement})
 
 
 def test_replicas_that_differ_stop_a_save(tmp_path: Path) -> None:
