@@ -31,8 +31,10 @@ def placed(
     tolerance: float,
     problems_per_layer: int = 1,
 ) -> Integers:
-    """The slots (M, R, Q) of problems without groups.  A layer is as slow as its busiest rank, so a problem need be no
-    more even than the unevenest of its layer can be."""
+    """The slots (M, R, Q) of problems without groups.
+
+    A layer is as slow as its busiest rank, so a problem need be no more even than the unevenest of its layer can be.
+    """
     counts_ME = replicate(units_ME, num_slots, num_ranks)
     mean_M = units_ME.sum(axis=1) // num_ranks
     least_M = np.maximum(mean_M + mean_M // _EVEN, (units_ME // counts_ME).max(axis=1))
@@ -41,6 +43,9 @@ def placed(
         return np.sort(fresh_MRQ, axis=2)
     fresh_M = _busiest_of_layer(rank_loads(fresh_MRQ, units_ME).max(axis=1), problems_per_layer)
     enough_M = fresh_M + np.floor(fresh_M * tolerance).astype(np.int64)
+    if before_MRQ.shape[2] <= units_ME.shape[1]:
+        before_MRQ = before_MRQ.copy()
+        replace_repeats(before_MRQ, units_ME)
     return adapted(units_ME, fresh_MRQ, before_MRQ, enough_M)
 
 

@@ -68,7 +68,8 @@ def repeats(slots_MRQ: Integers) -> NDArray[np.bool_]:
 
 def replace_repeats(slots_MRQ: Integers, loads_ME: Integers) -> None:
     """Give, in place, each second slot of an expert on a rank to the lightest expert that the rank lacks."""
-    for slots_RQ, loads_E in zip(slots_MRQ, loads_ME, strict=True):
+    for problem in np.nonzero(repeats(slots_MRQ))[0]:
+        slots_RQ, loads_E = slots_MRQ[problem], loads_ME[problem]
         counts_E = np.bincount(slots_RQ.ravel(), minlength=len(loads_E))
         for slots_Q in slots_RQ:
             for place in range(1, len(slots_Q)):
