@@ -32,6 +32,8 @@ Value = TypeVar("Value")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _BEGAN = "abyssal/began"
 _REPORT_SECONDS = 5.0
+LEAST_ARRIVAL = 60.0
+"""Seconds: Python's start from a busy file system takes long, and not equally long."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,16 @@ def open_ranks(
     timeout: float = 60.0,
     device: Literal["cpu", "cuda"] = "cpu",
     name: str = "abyssal",
+    arrival: float | None = None,
 ) -> Iterator[Ranks]:
     """Join the other ranks; on leaving, take everything down again.
 
     Args:
         mesh_spec: of as many ranks as there are.
         facts: must be the same on all ranks; see :func:`~abyssal.parallel.startup.compare_ranks`.
-        timeout: seconds that ranks have to come, and :class:`~abyssal.parallel.watch.Watch` gives them later.
+        timeout: seconds that :class:`~abyssal.parallel.watch.Watch` gives a rank.
         name: of the program, in messages.
+        arrival: seconds that ranks have to come; ``timeout`` by default, and no less than a minute.
 
     Raises:
         ValueError: the mesh is of another number of ranks, the store cannot be reached, ranks do not come or differ,
@@ -106,12 +110,13 @@ def open_ranks(
     """
     _check_mesh(mesh_spec, launch)
     on_device = _own_device(launch, device)
-    root = open_store(launch, timeout)
+    arrival = max(timeout, LEAST_ARRIVAL) if arrival is None else arrival
+    root = open_store(launch, arrival)
     prefix = f"abyssal/{launch.restarts}"
     store = distributed.PrefixStore(prefix, root)
     meeting = Meeting(store, launch.rank, launch.world_size)  # pyright: ignore[reportArgumentType]
     me = this_process(launch.rank)
-    peers = meeting.roll_call(me, timeout, f"{launch.address}:{launch.port}")
+    peers = meeting.roll_call(me, arrival, f"{launch.address}:{launch.port}")
 
     def beats_store() -> Store:
         return distributed.PrefixStore(prefix, _client(launch, timeout))  # pyright: ignore[reportReturnType]

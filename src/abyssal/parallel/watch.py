@@ -90,7 +90,8 @@ class Watch:
         self._slow: list[SlowRank] = []
         self._failure: Failure | None = None
         self._lock, self._ended = threading.Lock(), False
-        self._wake, self._stop, self._leaving = threading.Event(), threading.Event(), threading.Event()
+        self._wake, self._stop = threading.Event(), threading.Event()
+        self._leaving, self._over = threading.Event(), threading.Event()
         self._parent = os.getppid()
 
     # What the main thread says
@@ -169,7 +170,7 @@ class Watch:
             self.mark("lost the connection to another rank", patient=True)
             self._say(lost=True)
             self._wake.set()
-            self._stop.wait(self._options.timeout)  # the beats' thread ends the process when the cause is known
+            self._over.wait(self._options.timeout)  # the beats' thread ends the process when the cause is known
         self._end(self._publish(self._own_failure("failed", text)))
 
     def _own_failure(self, kind: Kind, text: str = "") -> Failure:
@@ -314,9 +315,10 @@ class Watch:
     def _end(self, failure: Failure) -> None:
         """Tell the failure and end this process."""
         with self._lock:
-            if self._ended:
-                return
-            self._ended = True
+            first, self._ended = not self._ended, True
+        if not first:  # another thread does
+            self._over.wait(GRACE)
+            return
         if failure.kind == "silent":
             self._local.kill(failure.rank)
         if failure.kind == "problem":
@@ -327,3 +329,4 @@ class Watch:
         if not self._leaving.is_set():
             self._stop.set()
             self._leave(failure.exit_code)
+        self._over.set()

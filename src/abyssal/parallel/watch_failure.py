@@ -55,7 +55,8 @@ class Failure:
         if self.kind == "problem":
             return f"rank {self.rank} ({self.host}): {self.text}"
         what = _WHAT[self.kind].format(seconds=self.seconds)
-        where = f"step {self.step}" + (f", {self.phase}" if self.phase else "")
+        heard = "last heard of at " if self.kind in ("ended", "silent") else ""
+        where = f"{heard}step {self.step}" + (f", {self.phase}" if self.phase else "")
         ends = "it ends" if me == self.rank else f"rank {me} ends with it"
         head = f"{who} {what} ({where}); {ends}"
         return f"{head}\n{self.text.rstrip()}" if self.text else head

@@ -1,0 +1,79 @@
+"""A rank that adds numbers over all ranks at each step, and misbehaves as it is told.
+
+python -m tests.support.watched_rank TIMEOUT STEPS [RANK MISCHIEF STEP]...
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import distributed
+
+from abyssal.parallel.launch import Launch
+from abyssal.parallel.launch_ranks import Ranks, open_ranks
+from abyssal.spec.mesh import MeshSpec
+
+
+def stand_here() -> None:
+    time.sleep(600)
+
+
+def misbehave(mischief: str, ranks: Ranks) -> None:
+    if mischief == "raise":
+        raise KeyError("the missing expert")
+    if mischief == "problem":
+        raise ValueError("the text ends too soon")
+    if mischief == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mischief == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if mischief == "hang":
+        stand_here()
+    if mischief == "skip":  # its next collective is another than the others'
+        distributed.barrier(ranks.mesh.control)
+    if mischief == "patience":
+        with ranks.watch.patient("resting"):
+            time.sleep(4)
+
+
+def main(timeout: float, steps: int, mischiefs: list[tuple[int, str, int]]) -> None:
+    launch = Launch.from_environment()
+    assert launch is not None
+    facts: dict[str, Any] = {"option": {"seed": os.environ.get("SEED", "0")}}
+    spec = MeshSpec(dp=launch.world_size)
+    try:
+        with open_ranks(launch, spec, facts, timeout, name="the run") as ranks:
+            work(ranks, steps, mischiefs)
+    except ValueError as problem:
+        if launch.is_first:
+            print(f"the run: {problem}", file=sys.stderr)
+        sys.exit(2)
+
+
+def work(ranks: Ranks, steps: int, mischiefs: list[tuple[int, str, int]]) -> None:
+    ranks.watch.mark("adding")
+    for step in range(steps):
+        begin = time.perf_counter()
+        for rank, mischief, at in mischiefs:
+            if rank == ranks.launch.rank and mischief == "slow":
+                time.sleep(0.1)
+            elif rank == ranks.launch.rank and at == step:
+                misbehave(mischief, ranks)
+        own = time.perf_counter() - begin
+        value = torch.ones(4)
+        distributed.all_reduce(value)
+        assert value[0] == ranks.launch.world_size
+        ranks.watch.step_done(step + 1, own)
+        for slow, peer in ranks.watch.slow_ranks():
+            print(f"slow: {peer.rank} {slow.times:.0f}", flush=True)
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    told = [(int(rank), what, int(step)) for rank, what, step in zip(*[iter(sys.argv[3:])] * 3, strict=True)]
+    main(float(sys.argv[1]), int(sys.argv[2]), told)
