@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,19 @@ _MUST_BE: Mapping[str, Any] = {
 is not among them: it is off outside training.)"""
 
 
+AdapterSource = Callable[[str], tuple[Tensor, Tensor]]
+"""Gives A (…, r, I) and B (…, O, r) of the adapter of a base parameter, stacked by logical expert where that is."""
+
+
+def _adapters_of(model: Transformer) -> AdapterSource:
+    def adapter(parameter: str) -> tuple[Tensor, Tensor]:
+        module, _, weight = parameter.rpartition(".")
+        a, b = adapted_modules(model.get_submodule(module))[""].adapter(weight)
+        return a.detach(), b.detach()
+
+    return adapter
+
+
 @dataclass(frozen=True)
 class _Factors:
     """One pair of tensors of an adapter's file, and the part of the model that it is."""
@@ -90,10 +103,9 @@ class _Factors:
     def module(self) -> str:
         return self.parameter.rpartition(".")[0]
 
-    def parts(self, model: Transformer) -> tuple[Tensor, Tensor]:
+    def parts(self, source: AdapterSource) -> tuple[Tensor, Tensor]:
         """Views of A, all of it even where the pair is of a few rows of the parameter, and of those rows of B."""
-        module, _, weight = self.parameter.rpartition(".")
-        a, b = (factor.detach() for factor in adapted_modules(model.get_submodule(module))[""].adapter(weight))
+        a, b = source(self.parameter)
         if self.stacked:  # (experts · r, I) and (O, r · experts)
             return a.flatten(0, 1), b.permute(1, 2, 0)
         if self.expert is not None:
@@ -129,14 +141,16 @@ def save_adapter(
     base_model: str | None = None,
     include_mtp: bool = True,
     overwrite: bool = False,
+    source: AdapterSource | None = None,
 ) -> None:
     """Write the adapters of ``model`` as a folder that PEFT loads.  It appears whole or not at all.
 
     Args:
-        model: with adapters, all of one rank and α.
+        model: with adapters, all of one rank and α; they need have no values where there is a ``source``.
         folder: must not exist, unless ``overwrite``.
         base_model: name or folder of the base model, for those who load the adapter by itself.
         include_mtp: False leaves out the adapters of the MTP modules.
+        source: of the adapters' values, asked for one parameter after another; the model itself by default.
 
     Raises:
         ValueError: no adapters, a folder in the way, or an adapter with an infinity or a NaN, by name.
@@ -150,15 +164,16 @@ def save_adapter(
     (rank, alpha), *others = {(module.lora_rank, module.lora_alpha) for module in adapted.values()}
     assert not others, "adapters of one model have one rank and one alpha"
     table = [factors for factors in _table(model.spec, rank, include_mtp) if factors.module in adapted]
+    own = _adapters_of(model)
     entries = [
         TensorEntry(name, _DTYPES[part.dtype], shape)
         for factors in table
-        for name, part, shape in zip(factors.names, factors.parts(model), factors.shapes, strict=True)
+        for name, part, shape in zip(factors.names, factors.parts(own), factors.shapes, strict=True)
     ]
     with whole_folder(folder) as partial:
         with SafetensorsWriter(partial / WEIGHTS_FILE, entries) as writer:
             for factors in table:
-                for name, part in zip(factors.names, factors.parts(model), strict=True):
+                for name, part in zip(factors.names, factors.parts(source or own), strict=True):
                     _check_finite(folder / WEIGHTS_FILE, name, part)
                     writer.write_rows(name, part.cpu())
         write_json(partial / CONFIG_FILE, _config(model.spec, table, rank, alpha, base_model))
@@ -219,8 +234,9 @@ def _match(reader: SafetensorsReader, table: list[_Factors]) -> list[_Factors]:
 
 def _fill(model: Transformer, reader: SafetensorsReader, present: list[_Factors]) -> None:
     owners: dict[int, str] = {}
+    own = _adapters_of(model)
     for factors in present:
-        for name, part in zip(factors.names, factors.parts(model), strict=True):
+        for name, part in zip(factors.names, factors.parts(own), strict=True):
             found = reader.read(name)
             _check_finite(reader.path, name, found)
             found = found.view(part.shape).to(part.device, part.dtype)

@@ -67,6 +67,7 @@ class ShardedReader:
         self.fields, self.tensors, self._files = sidecar.fields, sidecar.tensors, sidecar.files
         self._table: Metadata | None = None
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._place = os.open(folder, os.O_RDONLY)  # this folder and none that takes its name meanwhile
 
     def check_files(self, ranks: Ranks | None = None) -> None:
         """Check that every file is as it was written, each on one of ``ranks``, and open the table.
@@ -86,13 +87,34 @@ class ShardedReader:
         contents = b""
         for number, (name, expected) in enumerate(self._files.items()):
             if name == _METADATA_NAME:
-                contents = b"".join(_checked(self.folder / name, expected))
+                contents = b"".join(self._checked(name, expected))
             elif number % ranks.size == ranks.rank:
-                for _ in _checked(self.folder / name, expected):
+                for _ in self._checked(name, expected):
                     pass
         lengths = {name: record.num_bytes for name, record in self._files.items()}
         self._table = read_metadata(contents, self.folder / _METADATA_NAME, lengths)
         self._compare(self._table)
+
+    def _checked(self, name: str, expected: FileRecord) -> Iterator[bytes]:
+        """The contents of a file, block by block, found at the end to be what was written."""
+        path, crc32 = self.folder / name, 0
+        with open(self._opened(name), "rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            while num_bytes == expected.num_bytes and (block := file.read(_READ_BYTES)):
+                crc32 = zlib.crc32(block, crc32)
+                yield block
+        if num_bytes != expected.num_bytes:
+            raise ValueError(
+                f"{path}: has {num_bytes:,} bytes and {expected.num_bytes:,} were written; use another checkpoint"
+            )
+        if crc32 != expected.crc32:
+            raise ValueError(f"{path}: was altered after it was written (its checksum differs); use another checkpoint")
+
+    def _opened(self, name: str) -> int:
+        try:
+            return os.open(name, os.O_RDONLY, dir_fd=self._place)
+        except FileNotFoundError:
+            raise ValueError(f"{self.folder / name}: is missing; use another checkpoint") from None
 
     def _compare(self, table: Metadata) -> None:
         found = {
@@ -181,13 +203,16 @@ class ShardedReader:
         if name not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[name] = os.open(self.folder / name, os.O_RDONLY)
+            self._open[name] = self._opened(name)
         self._open.move_to_end(name)
         return self._open[name]
 
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
+        if self._place >= 0:
+            os.close(self._place)
+            self._place = -1
 
     def __enter__(self) -> ShardedReader:
         return self
@@ -232,22 +257,3 @@ class _Values:
             if count == 0:
                 raise ValueError(f"{self.path}: ended while it was read; use another checkpoint")
             position += count
-
-
-def _checked(path: Path, expected: FileRecord) -> Iterator[bytes]:
-    """The contents of a file, block by block, found at the end to be what was written."""
-    crc32 = 0
-    try:
-        with path.open("rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            while num_bytes == expected.num_bytes and (block := file.read(_READ_BYTES)):
-                crc32 = zlib.crc32(block, crc32)
-                yield block
-    except FileNotFoundError:
-        raise ValueError(f"{path}: is missing; use another checkpoint") from None
-    if num_bytes != expected.num_bytes:
-        raise ValueError(
-            f"{path}: has {num_bytes:,} bytes and {expected.num_bytes:,} were written; use another checkpoint"
-        )
-    if crc32 != expected.crc32:
-        raise ValueError(f"{path}: was altered after it was written (its checksum differs); use another checkpoint")

@@ -1,25 +1,37 @@
 """A run's checkpoint as a Hugging Face folder, at any time: while the run goes on, after it died, or when it is done.
 
-Only the parameters are read (or their average), into a model made from the run's own record; nothing of the run is
-changed, and a checkpoint that the run replaces meanwhile gives an error, never half a model.
+Only the parameters are read (or their average), row by row from the checkpoint's files into those of the folder, so
+that the memory of a few rows is enough for any model, and ranks may share the work.  Nothing of the run is changed, and
+a checkpoint that the run replaces meanwhile gives an error, never half a model.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
-from abyssal.checkpoint.hf import save_model
-from abyssal.checkpoint.layout import MAX_SHARD_BYTES, Format
-from abyssal.model.lora import LoraConfig, add_lora, merge_lora
+from abyssal.checkpoint.adapters import save_adapter
+from abyssal.checkpoint.layout import MAX_SHARD_BYTES, Format, check_format
+from abyssal.checkpoint.model_folder import FolderOptions, write_model_folder
+from abyssal.checkpoint.ranks import Ranks
+from abyssal.checkpoint.saved_weights import AVERAGE, PARAMETERS, SavedWeights, attach_saved_adapters
+from abyssal.checkpoint.sharded import save_sharded
+from abyssal.checkpoint.sharded_reader import ShardedReader
+from abyssal.checkpoint.shards import Sharded
+from abyssal.checkpoint.whole_folder import remove
+from abyssal.model.lora import LoraConfig
 from abyssal.model.transformer import Transformer
 from abyssal.precision.recipe import Fp8Options, fp8_recipe
+from abyssal.spec.hf_config import read_config
 from abyssal.spec.model import GroupedQueryAttentionSpec, LatentAttentionSpec, ModelSpec, MoESpec, YarnSpec
 from abyssal.text.tokenizer import Tokenizer
 from abyssal.train.checkpoints import SavedCheckpoint, saved_checkpoints
@@ -42,6 +54,7 @@ def export_checkpoint(
     average: bool = False,
     include_mtp: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    group: distributed.ProcessGroup | None = None,
 ) -> Exported:
     """Write the model of a checkpoint of ``run``.
 
@@ -49,29 +62,124 @@ def export_checkpoint(
         destination: must not exist; appears whole or not at all.
         step: of the checkpoint; the newest by default.
         average: the average of the parameters in place of the parameters.
+        group: over gloo, whose ranks share the work and return together.
 
     Raises:
         ValueError: no such run or checkpoint, a run without an average, or a damaged checkpoint.
     """
-    folder = RunFolder(run)
-    record = _record(folder)
-    checkpoint = _checkpoint(folder, step)
-    model = _empty_model(record)
-    tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
-    checkpoint.load(tensors, "model/")
-    if average:
-        _load_average(model, checkpoint, run)
-    if record["origin"].get("lora"):
-        merge_lora(model)
-    save_model(
-        model,
-        destination,
-        dtype,
-        Tokenizer.from_folder(folder.tokenizer),
-        include_mtp=include_mtp,
-        max_shard_bytes=max_shard_bytes,
-    )
-    return Exported(checkpoint.step, len(tensors))
+    folder, ranks = RunFolder(run), Ranks(group)
+    options = FolderOptions(check_format(dtype, max_shard_bytes), None, include_mtp, max_shard_bytes)
+    record = ranks.first(lambda: _record(folder))
+    checkpoint = ranks.first(lambda: _checkpoint(folder, step))
+    with ExitStack() as stack:
+        saved = ranks.together(lambda: stack.enter_context(_SavedRun(folder, record, checkpoint.path)))
+        saved.reader.check_files(ranks)
+        saved.write(destination, options, group, average)
+    return Exported(checkpoint.step, len(saved.model.state_dict()))
+
+
+def save_result_from_state(
+    folder: RunFolder,
+    step: int,
+    tensors: Mapping[str, Tensor | Sharded],
+    form: Format,
+    group: distributed.ProcessGroup | None = None,
+) -> None:
+    """What a run leaves, of a model that no rank holds whole; each folder whole or not at all.
+
+    RUN/model, and RUN/model-average where the run kept one; of adapters RUN/adapter too, and RUN/base where the
+    vocabulary had to grow.  They are written from the run's checkpoint of ``step``, or, where none was saved, from one
+    that is saved for the purpose and removed.
+
+    Args:
+        folder: with its record and its tokenizer.
+        step: at which the run ended.
+        tensors: the run's state then, what this rank gives of it (``Trainer.tensors``).
+        form: of the weights.
+        group: over gloo, whose ranks share the work and return together.
+
+    Raises:
+        ValueError, OSError: what could not be read or written, on all ranks.
+    """
+    ranks = Ranks(group)
+    saved = ranks.first(lambda: [one.path for one in saved_checkpoints(folder.checkpoints) if one.step == step])
+    own = folder.path / ".result"
+    if not saved:
+        model = {name: one for name, one in tensors.items() if name.startswith((PARAMETERS, AVERAGE))}
+        save_sharded(own, model, {}, group)
+    try:
+        _write_result(folder, saved[0] if saved else own, form, group)
+    finally:
+        if not saved and ranks.is_first:
+            remove(own)
+
+
+def _write_result(folder: RunFolder, checkpoint: Path, form: Format, group: distributed.ProcessGroup | None) -> None:
+    ranks = Ranks(group)
+    with ExitStack() as stack:
+        saved = ranks.together(lambda: stack.enter_context(_SavedRun(folder, _record(folder), checkpoint)))
+        saved.reader.check_files(ranks)
+        options = FolderOptions(form, None, True, MAX_SHARD_BYTES, overwrite=True)
+        if saved.lora is not None:
+            ranks.first(saved.write_adapter)
+            if ranks.first(saved.has_grown):
+                saved.write(saved.own_base, replace(options, form="fp32"), group, merge=False)
+        saved.write(folder.model, options, group)
+        if saved.has_average:
+            saved.write(folder.average, options, group, average=True)
+
+
+class _SavedRun:
+    """A checkpoint of a run, open, with the run's model, whose parameters have no values.  A context manager."""
+
+    def __init__(self, folder: RunFolder, record: dict[str, Any], checkpoint: Path) -> None:
+        self._folder = folder
+        lora = record["origin"].get("lora")
+        self.lora = None if lora is None else msgspec.convert(lora, LoraConfig)
+        self._base = record["origin"].get("folder")
+        self.own_base = folder.path / "base"
+        self.model = _empty_model(record)
+        self.reader = ShardedReader(checkpoint)
+        if self.lora is not None:
+            attach_saved_adapters(self.model, self.reader, self.lora.rank, self.lora.alpha)
+
+    @property
+    def has_average(self) -> bool:
+        return any(name.startswith(AVERAGE) for name in self.reader.tensors)
+
+    def has_grown(self) -> bool:
+        """Whether the vocabulary had to, so that the base model is no longer the one that the run began from."""
+        return self.model.spec.vocab_size > read_config(Path(self._base)).vocab_size
+
+    def write(
+        self,
+        destination: Path,
+        options: FolderOptions,
+        group: distributed.ProcessGroup | None,
+        average: bool = False,
+        merge: bool = True,
+    ) -> None:
+        """The model, or its average, with its adapters folded in or left out."""
+        ranks = Ranks(group)
+        if average and not self.has_average:
+            raise ValueError(f"{self._folder.path}: kept no average of its parameters; leave out --average")
+        weights = ranks.together(lambda: SavedWeights(self.reader, self.model, average, merge))
+        tokenizer = ranks.together(lambda: Tokenizer.from_folder(self._folder.tokenizer))
+        options = replace(options, tokenizer=tokenizer)
+        write_model_folder(weights, Path(os.path.abspath(destination)), options, group)
+
+    def write_adapter(self) -> None:
+        """The adapters by themselves, in PEFT's format."""
+        base = self.own_base if self.has_grown() else self._base
+        adapters = SavedWeights(self.reader, self.model, merge=False)
+        destination = self._folder.path / "adapter"
+        save_adapter(self.model, destination, str(base), overwrite=True, source=adapters.adapter)
+
+    def __enter__(self) -> _SavedRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reader.close()
 
 
 def _record(folder: RunFolder) -> dict[str, Any]:
@@ -100,17 +208,12 @@ def _checkpoint(folder: RunFolder, step: int | None) -> SavedCheckpoint:
 
 
 def _empty_model(record: dict[str, Any]) -> Transformer:
-    """The run's model on the host, its memory not yet filled."""
+    """The run's model on the meta device."""
     spec, config = _spec(record["model"]), record["config"]
     dtype = torch.float64 if config["compute"] == "float64" else torch.float32
     is_fp8 = config.get("precision") == "fp8"  # older runs have no such field
     recipe = fp8_recipe(msgspec.convert(config["fp8"], Fp8Options)) if is_fp8 else None
-    model = Transformer(spec, recipe, device="meta", dtype=dtype)
-    lora = record["origin"].get("lora")
-    model = model.to_empty(device="cpu")
-    if lora:
-        add_lora(model, msgspec.convert(lora, LoraConfig), torch.Generator())
-    return model
+    return Transformer(spec, recipe, device="meta", dtype=dtype)
 
 
 def _spec(fields: dict[str, Any]) -> ModelSpec:
@@ -120,13 +223,3 @@ def _spec(fields: dict[str, Any]) -> ModelSpec:
     made = {name: fields[name] and msgspec.convert(fields[name], kind) for name, kind in parts.items()}
     eos = fields["eos_token_id"]
     return ModelSpec(**{**fields, **made, "eos_token_id": tuple(eos) if isinstance(eos, list) else eos})
-
-
-def _load_average(model: Transformer, checkpoint: SavedCheckpoint, run: Path) -> None:
-    tensors = {f"average/{name}": parameter.data for name, parameter in model.named_parameters()}
-    try:
-        checkpoint.load(tensors, "average/")
-    except ValueError as error:
-        if "is missing" in str(error):
-            raise ValueError(f"{run}: kept no average of its parameters; leave out --average") from error
-        raise
