@@ -14,6 +14,7 @@ from torch import Tensor, distributed
 from abyssal.checkpoint.shards import Sharded
 from abyssal.data.batch import Batch
 from abyssal.model.lora import LoraConfig, add_lora
+from abyssal.model.step import Step
 from abyssal.parallel.mesh import Mesh
 from abyssal.spec.model import LatentAttentionSpec, ModelSpec, MoESpec
 from abyssal.spec.placement import Placement
@@ -70,6 +71,8 @@ class Case:
     """Other fields of the config, of the reference too."""
     masked: bool = False
     """Documents, and targets that are not learned, unevenly over the rows."""
+    forced: Mapping[int, Tensor] | None = None
+    """Expert ids (T, K) of the global batch, by layer."""
 
     @property
     def world_size(self) -> int:
@@ -92,7 +95,8 @@ class Outcome:
     """By step and parameter: a tensor, or this rank's shards as (shape, [(offsets, tensor)])."""
     state: dict[str, Any] = field(default_factory=dict)
     """Every tensor of the trainer after the last step, likewise."""
-    routings: list[dict[int, Tensor]] = field(default_factory=list)
+    routings: dict[int, Tensor] = field(default_factory=dict)
+    """Expert ids of the first pass, by layer."""
 
 
 def batch(step: int, masked: bool = False) -> Batch:
@@ -158,18 +162,39 @@ def run(trainer: Trainer, case: Case, steps: int) -> Outcome:
         return found
 
     trainer.masters.gradients = gradients  # type: ignore[method-assign]
+    passes = watch_passes(trainer, case)
     for step in range(steps):
         first, count = trainer.rows(step)
         offset = first - trainer.plan.step(step).first_row
         result = trainer.step(batch(step, case.masked).part(offset, offset + count))
         outcome.losses.append(_figures(result))
         outcome.loads.append({layer: load_E.tolist() for layer, load_E in result.loads.items()})
+        if not outcome.routings:
+            outcome.routings = {layer: one.expert_ids_TK for layer, one in passes[0].routings.items()}
         if step in COMPARED_STEPS:
             outcome.gradients[step] = dict(kept)
         if case.moves and trainer.mesh is not None and step % 3 == 2:
             trainer.place({layer: moved(one, step) for layer, one in trainer.model.placements().items()})
     outcome.state = {name: _plain(value) for name, value in trainer.tensors().items()}
     return outcome
+
+
+def watch_passes(trainer: Trainer, case: Case) -> list[Step]:
+    """The record of every pass to come; their routing is the case's, where it has one."""
+    passes: list[Step] = []
+    make = trainer.model.step
+    share = CONFIG.batch_size * CONFIG.seq_len // trainer.ranks.num_ranks
+    begin = 0 if trainer.mesh is None else share * trainer.mesh.place.data
+
+    def step(*args: Any, **fields: Any) -> Step:
+        if case.forced is not None:
+            fields["forced_routing"] = {layer: ids[begin : begin + share] for layer, ids in case.forced.items()}
+        made = make(*args, **fields)
+        passes.append(made)
+        return made
+
+    trainer.model.step = step  # type: ignore[method-assign]
+    return passes
 
 
 def moved(placement: Placement, seed: int) -> Placement:
@@ -224,3 +249,29 @@ def worst_difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) 
         difference = float((found[name].double() - tensor.double()).abs().max())
         worst = max(worst, (difference / largest if largest else difference, name))
     return worst
+
+
+def rebalanced_on_a_rank(case: Case) -> tuple[list[int], list[tuple[int, ...]], Outcome]:
+    """With the trainer's own rebalancing: slots moved by step, each layer's slots in the end."""
+    config = config_of(case)
+    mesh = Mesh(config.parallel.mesh_spec(case.world_size))
+    try:
+        share = expert_share(SPEC, config.parallel, mesh.spec, mesh.rank)
+        trainer = Trainer(build_model(SPEC, config, share), config, mesh)
+        moved: list[int] = []
+        take_step = trainer.step
+
+        def step(batch: Batch) -> StepResult:
+            result = take_step(batch)
+            assert result.ranks is not None
+            moved.append(result.ranks.moved)
+            return result
+
+        trainer.step = step  # type: ignore[method-assign]
+        try:
+            outcome = run(trainer, Case(case.mesh, masked=case.masked), 20)
+            return moved, [one.slots for one in trainer.model.placements().values()], outcome
+        finally:
+            trainer.close()
+    finally:
+        mesh.close()

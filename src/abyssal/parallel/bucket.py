@@ -11,12 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from abyssal.parallel.matrix import Matrix, lay_out
 from abyssal.parallel.waiting import Waiting
+
+# Torch 2.13 renames both, and warns of the names that older ones have alone.
+_reduce_scatter: Any = getattr(distributed, "reduce_scatter_single", distributed.reduce_scatter_tensor)
+_all_gather: Any = getattr(distributed, "all_gather_single", distributed.all_gather_into_tensor)
 
 
 class Bucket:
@@ -80,9 +85,7 @@ class Bucket:
         self._sending = sending_ns
         if self._by_kernel:
             self._arriving = torch.empty(self._stretch, dtype=self.wide, device=self._device)
-            self._work = distributed.reduce_scatter_tensor(
-                self._arriving, sending_ns.view(-1), group=self._group, async_op=True
-            )
+            self._work = _reduce_scatter(self._arriving, sending_ns.view(-1), group=self._group, async_op=True)
         else:
             self._arriving = torch.empty(shape, dtype=self.wide, device=self._device)
             self._work = distributed.all_to_all_single(
@@ -121,9 +124,7 @@ class Bucket:
             self._arriving = sending_s
             return
         self._arriving = torch.empty(self.num_ranks, self._stretch, dtype=self.stored, device=self._device)
-        self._work = distributed.all_gather_into_tensor(
-            self._arriving.view(-1), sending_s, group=self._group, async_op=True
-        )
+        self._work = _all_gather(self._arriving.view(-1), sending_s, group=self._group, async_op=True)
 
     @property
     def gathering(self) -> bool:

@@ -132,16 +132,19 @@ class Loop:
         elapsed = time.perf_counter() - begin
         trainer.seconds += elapsed
         speed = planned.num_rows * trainer.config.seq_len / elapsed
-        share = None if self._peak is None else share_of_peak(speed, self._flops, self._peak)
+        own_speed = speed / trainer.ranks.num_ranks
+        share = None if self._peak is None else share_of_peak(own_speed, self._flops, self._peak)
         tokens = trainer.plan.tokens_before(trainer.steps_done)
         record = StepRecord(trainer.steps_done, result, planned.num_rows, tokens, trainer.seconds, speed, share)
         for observer in self._observers:
             observer.on_step(record)
-        self._tell_alarms(result)
+        self._tell_events(result)
 
-    def _tell_alarms(self, result: StepResult) -> None:
+    def _tell_events(self, result: StepResult) -> None:
         for starvation in result.starved:
             self._tell({"event": "alarm", "step": self._trainer.steps_done, **asdict(starvation)})
+        if result.ranks is not None and result.ranks.moved:
+            self._tell({"event": "placement", "step": self._trainer.steps_done, "moved": result.ranks.moved})
 
     def _tell(self, event: dict[str, object]) -> None:
         for observer in self._observers:

@@ -1,7 +1,8 @@
 """What a run leaves behind besides its model: resolved configuration, environment, and one JSON line for each event.
 
 Lines of ``metrics.jsonl`` are told apart by ``event``: ``step``, ``validation``, ``alarm`` (an expert starved),
-``checkpoint``, ``resume``.  Each is flushed as it is written, so a run that dies leaves everything up to its last step;
+``checkpoint``, ``resume``, ``slow_rank`` (one of many ranks holds the others up), ``placement`` (experts moved between
+ranks).  Each is flushed as it is written, so a run that dies leaves everything up to its last step;
 a run that resumes drops what came after its checkpoint, which it will do again.
 """
 
@@ -85,6 +86,7 @@ def step_fields(record: StepRecord) -> dict[str, Any]:
         "tokens_per_second": round(record.tokens_per_second, 1),
         "share_of_peak": None if record.share_of_peak is None else round(record.share_of_peak, 4),
         "seconds": round(record.seconds, 3),
+        **({} if result.ranks is None else {"ranks": dataclasses.asdict(result.ranks)}),
     }
 
 

@@ -19,6 +19,8 @@ from abyssal.data.batch import Batch
 from abyssal.model.transformer import Transformer
 from abyssal.parallel.dispatch.choose import RankDispatcher, open_dispatcher
 from abyssal.parallel.mesh import Mesh
+from abyssal.parallel.placement import moves
+from abyssal.parallel.placement_rebalancer import Rebalancer
 from abyssal.parallel.zero import ShardedMasters
 from abyssal.spec.placement import Placement
 from abyssal.train.alarm import Starvation, StarvationAlarm
@@ -51,6 +53,8 @@ class StepResult:
     """Of the whole batch."""
     starved: tuple[Starvation, ...]
     """What has just raised the alarm."""
+    ranks: RanksResult | None = None
+    """What there was between ranks; None on one."""
 
     @property
     def violations(self) -> dict[int, float]:
@@ -61,6 +65,20 @@ class StepResult:
     def max_violation(self) -> float:
         """MaxVio_batch, averaged over layers."""
         return sum(self.violations.values()) / len(self.loads) if self.loads else 0.0
+
+
+@dataclass(frozen=True)
+class RanksResult:
+    """What a step did between ranks."""
+
+    waited: float
+    """Seconds that this rank waited for others."""
+    inside: int
+    """Bytes of tokens sent within nodes, by all ranks together."""
+    across: int
+    """Bytes of tokens sent from node to node."""
+    moved: int = 0
+    """Slots that hold another expert from the next step on."""
 
 
 class Trainer:
@@ -102,6 +120,7 @@ class Trainer:
         averaged = dict(model.named_parameters()) if mesh is None else self.masters.tensors
         self.average = None if config.ema_decay is None else HostAverage(averaged, config.ema_decay)
         self.alarm = StarvationAlarm(config.balance.alarm_steps)
+        self.rebalancer = None if mesh is None or dispatcher is None else _rebalancer(model, config, mesh)
         if model.spec.moe is not None:
             BalanceLosses(model.spec.moe, config.balance)  # refuses what does not fit before anything runs
 
@@ -114,6 +133,7 @@ class Trainer:
         config, planned = self.config, self.plan.step(self.steps_done)
         mtp_weight = config.mtp_weight * config.mtp_factor()(planned.share)
         losses, balance_loss, loads = self._backward(batch, mtp_weight)
+        traffic = self._traffic()
         gradients = self.masters.gradients()
         norm_ = self.masters.norm(gradients)
         norm, total = float(norm_), sum(losses) + balance_loss
@@ -134,7 +154,35 @@ class Trainer:
             self.average.start()
         self.steps_done += 1
         starved = tuple(self.alarm.add(loads))
-        return StepResult(losses[0], tuple(losses[1:]), balance_loss, norm, lr, mtp_weight, speed, loads, starved)
+        ranks = None if traffic is None else RanksResult(self.ranks.waiting.take(), *traffic, self._rebalance(loads))
+        figures = losses[0], tuple(losses[1:]), balance_loss, norm, lr, mtp_weight, speed
+        return StepResult(*figures, loads, starved, ranks)
+
+    def _traffic(self) -> tuple[int, int] | None:
+        """Bytes inside and across nodes that all ranks' tokens were since it was last asked."""
+        if self.mesh is None:
+            return None
+        if self._ranks_dispatcher is None:
+            return 0, 0
+        traffic = self._ranks_dispatcher.traffic
+        links = traffic.plan, traffic.dispatch, traffic.combine
+        own = [sum(link.inside for link in links), sum(link.across for link in links)]
+        traffic.reset()
+        inside, across = self.ranks.sum_counts(own)
+        return inside, across
+
+    def _rebalance(self, loads: Loads) -> int:
+        """Place experts anew where that is due and worth it; how many slots hold another one."""
+        if self.rebalancer is None:
+            return 0
+        self.rebalancer.add({layer: load_E.tolist() for layer, load_E in loads.items()})
+        if not self.rebalancer.due(self.steps_done):
+            return 0
+        before = self.model.placements()
+        changed = self.rebalancer.placements(before) or {}
+        if changed:
+            self.place(changed)
+        return sum(moves(before[layer], placement) for layer, placement in changed.items())
 
     def rows(self, step: int) -> tuple[int, int]:
         """First row of the stream, and how many, that this rank trains on in ``step``."""
@@ -215,7 +263,27 @@ class Trainer:
             "optimizer_steps": self.optimizer.steps,
             "seconds": self.seconds,
             "dry": {str(layer): counts for layer, counts in self.alarm.dry.items()},
+            **({} if self.rebalancer is None else {"placed": self._placed(self.rebalancer)}),
         }
+
+    def _placed(self, rebalancer: Rebalancer) -> dict[str, Any]:
+        """Where experts are, and the loads by which they will be placed next."""
+        slots = {str(layer): list(one.slots) for layer, one in self.model.placements().items()}
+        return {"slots": slots, "num_ranks": rebalancer.num_ranks, **rebalancer.state()}
+
+    def _place_again(self, rebalancer: Rebalancer, placed: Mapping[str, Any]) -> None:
+        """Put experts where they were, if there are as many ranks and slots; their loads count anywhere."""
+        rebalancer.load_state(placed)
+        now = self.model.placements()
+        before = {
+            layer: Placement(one.num_experts, tuple(placed["slots"][str(layer)]), placed["num_ranks"])
+            for layer, one in now.items()
+        }
+        if all(
+            (one.num_slots, one.num_ranks) == (now[layer].num_slots, now[layer].num_ranks)
+            for layer, one in before.items()
+        ):
+            self.place(before)
 
     def restore(self, fields: Mapping[str, Any], generator: Tensor) -> None:
         """Go on from a state whose other tensors have been filled in place (:meth:`tensors`).
@@ -236,6 +304,8 @@ class Trainer:
         self.alarm.dry = {int(layer): list(counts) for layer, counts in fields["dry"].items()}
         torch.set_rng_state(generator)
         self.masters.publish()
+        if self.rebalancer is not None and "placed" in fields:
+            self._place_again(self.rebalancer, fields["placed"])
 
     def close(self) -> None:
         """End the threads and take the hooks off the model."""
@@ -243,6 +313,14 @@ class Trainer:
             self._ranks_dispatcher.close()
         if isinstance(self.masters, ShardedMasters):
             self.masters.close()
+
+
+def _rebalancer(model: Transformer, config: TrainConfig, mesh: Mesh) -> Rebalancer | None:
+    parallel, moe = config.parallel, model.spec.moe
+    if not parallel.rebalance_every or moe is None:
+        return None
+    sizes = mesh.spec.ep, mesh.spec.nodes_of_experts, moe.num_groups
+    return Rebalancer(parallel.rebalance_every, parallel.redundant_experts, *sizes)
 
 
 def _detached(tensor: Tensor | Sharded) -> Tensor | Sharded:
