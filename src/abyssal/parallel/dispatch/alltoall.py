@@ -25,7 +25,7 @@ from abyssal.parallel.dispatch.checks import check_fingerprints, check_placement
 from abyssal.parallel.dispatch.exchange import Peers
 from abyssal.parallel.dispatch.lane import Lane
 from abyssal.parallel.dispatch.links import LinkBytes, Traffic
-from abyssal.parallel.dispatch.order import inverse, runs, take
+from abyssal.parallel.dispatch.order import inverse, runs, sorting, take
 from abyssal.parallel.mesh import Mesh
 from abyssal.spec.placement import Placement
 
@@ -101,7 +101,7 @@ class AllToAllDispatcher:
     def plan(self, layer: int, expert_ids_TK: Tensor) -> AllToAllPlan:
         slot_map = self._slot_maps[layer]
         slots_A = slot_map(expert_ids_TK).flatten()
-        order_A = slots_A.argsort(stable=True)
+        order_A = sorting(slots_A, slot_map.num_slots)
         counts_RE = torch.bincount(slots_A, minlength=slot_map.num_slots).view(self._peers.size, -1)
         own = fingerprint(layer, self.placements[layer], expert_ids_TK.shape[1])
         arrival = self._lane.submit(f"plan of layer {layer}", lambda: self._announce(counts_RE, own, layer))
@@ -144,10 +144,9 @@ class AllToAllDispatcher:
             work.wait()
         check_fingerprints(own, received[:, -1].tolist(), layer)
         received_RE = received[:, :-1]
-        slots_RE = torch.arange(received_RE.shape[1], device=received_RE.device).expand_as(received_RE)
-        order_A = runs(slots_RE.flatten(), received_RE.flatten()).argsort(stable=True)
-        counts, received = received_RE.sum(0).tolist(), received_RE.sum(1).tolist()
-        return Arrival(counts, sent_R.tolist(), received, order_A, inverse(order_A))
+        sorted_A = _places_by_slot(received_RE)
+        counts, from_R = received_RE.sum(0).tolist(), received_RE.sum(1).tolist()
+        return Arrival(counts, sent_R.tolist(), from_R, inverse(sorted_A), sorted_A)
 
     def _travel(
         self, rows_AD: Tensor, weights_A: Tensor | None, sent: list[int], received: list[int], counted: LinkBytes
@@ -160,3 +159,12 @@ class AllToAllDispatcher:
             if work is not None:
                 work.wait()
         return rows, weights
+
+
+def _places_by_slot(counts_RE: Tensor) -> Tensor:
+    """Of rows that lie by rank and slot, each one's place in order of slot and rank: its run moves as a whole."""
+    counts_ER = counts_RE.t()
+    begins_ER = (counts_ER.flatten().cumsum(0) - counts_ER.flatten()).view_as(counts_ER)
+    begins_RE = (counts_RE.flatten().cumsum(0) - counts_RE.flatten()).view_as(counts_RE)
+    moves_A = runs((begins_ER.t() - begins_RE).flatten(), counts_RE.flatten())
+    return torch.arange(len(moves_A), device=moves_A.device) + moves_A

@@ -39,7 +39,7 @@ from abyssal.parallel.dispatch.exchange import Peers
 from abyssal.parallel.dispatch.hops import Hop, open_hop, travel_back, travel_out, with_zero_row
 from abyssal.parallel.dispatch.lane import Lane
 from abyssal.parallel.dispatch.links import Traffic
-from abyssal.parallel.dispatch.order import inverse
+from abyssal.parallel.dispatch.order import inverse, sorting
 from abyssal.parallel.dispatch.routes import Held, summands, tokens_held
 from abyssal.parallel.mesh import Mesh
 from abyssal.spec.placement import Placement
@@ -178,10 +178,10 @@ class HierarchicalDispatcher:
 def _at_experts(across: Hop, inside: Hop, held: Held, num_slots: int) -> Route:
     """Copies at the rank of their experts, each choice a row, in order of slot, source rank and token."""
     nodes, ranks = across.peers.size, inside.peers.size
-    source_E = held.source_P[held.copy_E]  # by the rank that handed it on, then by the node it came from
+    source_E = held.source_P.index_select(0, held.copy_E)  # by the rank that handed it on, then by its node of origin
     rank_E = source_E % nodes * ranks + source_E // nodes
-    order_A = (held.slot_E * (nodes * ranks) + rank_E).argsort(stable=True)
-    inverse_A, place_E = inverse(order_A), held.place_P[held.copy_E]
+    order_A = sorting(held.slot_E * (nodes * ranks) + rank_E, num_slots * nodes * ranks)
+    inverse_A, place_E = inverse(order_A), held.place_P.index_select(0, held.copy_E)
     sums_QW = summands(place_E, len(held.place_P), inverse_A)
     counts = torch.bincount(held.slot_E, minlength=num_slots).tolist()
     return Route(across, inside, counts, order_A, inverse_A, place_E[order_A], sums_QW)

@@ -9,6 +9,13 @@ import torch
 from torch import Tensor
 
 
+def sorting(keys_I: Tensor, bound: int) -> Tensor:
+    """The stable order of keys from 0 to below ``bound``.  Short keys are sorted several times as fast."""
+    if keys_I.is_cpu:
+        keys_I = keys_I.to(torch.uint8 if bound <= 2**8 else torch.int16 if bound <= 2**15 else torch.int32)
+    return keys_I.argsort(stable=True)
+
+
 def inverse(order_A: Tensor) -> Tensor:
     """The permutation that undoes ``order_A``."""
     inverse_A = torch.empty_like(order_A)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abyssal.parallel.dispatch.order import inverse, runs
+from abyssal.parallel.dispatch.order import inverse, runs, sorting
 
 
 @dataclass(frozen=True)
@@ -70,27 +70,28 @@ def copies_held(codes_E: Tensor, sizes_RSC: Tensor) -> Held:
     chunk_P = runs(torch.arange(chunks, device=device).repeat(sources), copies_SC.flatten())
     source_P = runs(torch.arange(sources, device=device), copies_SC.sum(1))
     codes_E = codes_E.long()
-    return Held(codes_E >> 1, (codes_E & 1).cumsum(0) - 1, source_P, chunk_P, inverse(chunk_P.argsort(stable=True)))
+    return Held(codes_E >> 1, (codes_E & 1).cumsum(0) - 1, source_P, chunk_P, inverse(sorting(chunk_P, chunks)))
 
 
 def depart(held: Held, num_peers: int, slots_per_peer: int, num_sources: int, num_chunks: int) -> Departure:
     """Each copy once to every peer that leads to one of its slots."""
     peer_E = held.slot_E // slots_per_peer
-    order_E = peer_E.argsort(stable=True)
-    peer_E, copy_E = peer_E[order_E], held.copy_E[order_E]
+    order_E = sorting(peer_E, num_peers)
+    peer_E, copy_E = peer_E.index_select(0, order_E), held.copy_E.index_select(0, order_E)
     first_E = torch.ones_like(peer_E, dtype=torch.bool)
     first_E[1:] = (peer_E[1:] != peer_E[:-1]) | (copy_E[1:] != copy_E[:-1])
     peer_Q, copy_Q = peer_E[first_E], copy_E[first_E]
-    chunk_Q = held.chunk_P[copy_Q]
+    chunk_Q = held.chunk_P.index_select(0, copy_Q)
 
-    group_Q = peer_Q * num_sources + held.source_P[copy_Q]
+    group_Q = peer_Q * num_sources + held.source_P.index_select(0, copy_Q)
+    group_E = peer_E * num_sources + held.source_P.index_select(0, copy_E)
     copies = torch.bincount(group_Q * num_chunks + chunk_Q, minlength=num_peers * num_sources * num_chunks)
-    choices = torch.bincount(peer_E * num_sources + held.source_P[copy_E], minlength=num_peers * num_sources)
-    shape = (num_peers, num_sources, -1)
-    sizes_RSC = torch.cat([copies.view(shape[0], shape[1], num_chunks), choices.view(shape)], -1)
-
-    codes_E = (held.slot_E[order_E] % slots_per_peer) * 2 + first_E
-    gather_Q = held.place_P[copy_Q[chunk_Q.argsort(stable=True)]]
+    choices = torch.bincount(group_E, minlength=num_peers * num_sources)
+    sizes_RSC = torch.cat(
+        [copies.view(num_peers, num_sources, num_chunks), choices.view(num_peers, num_sources, 1)], -1
+    )
+    codes_E = (held.slot_E.index_select(0, order_E) % slots_per_peer) * 2 + first_E
+    gather_Q = held.place_P.index_select(0, copy_Q.index_select(0, sorting(chunk_Q, num_chunks)))
     return Departure(order_E, codes_E.int(), sizes_RSC, gather_Q, summands(gather_Q, len(held.place_P)))
 
 
@@ -103,10 +104,10 @@ def summands(row_I: Tensor, num_rows: int, place_I: Tensor | None = None) -> Ten
         place_I: where the items lie in that buffer; in order if not given.
     """
     counts = torch.bincount(row_I, minlength=num_rows)
-    order_I = row_I.argsort(stable=True)
-    row_I = row_I[order_I]
-    turn_I = torch.arange(len(row_I), device=row_I.device) - (counts.cumsum(0) - counts)[row_I]
+    order_I = sorting(row_I, num_rows)
+    row_I = row_I.index_select(0, order_I)
+    turn_I = torch.arange(len(row_I), device=row_I.device) - (counts.cumsum(0) - counts).index_select(0, row_I)
     width = int(counts.max()) if len(row_I) else 1
     index = torch.full((num_rows, width), len(row_I), device=row_I.device)
-    index[row_I, turn_I] = order_I if place_I is None else place_I[order_I]
+    index[row_I, turn_I] = order_I if place_I is None else place_I.index_select(0, order_I)
     return index
