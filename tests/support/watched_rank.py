@@ -15,7 +15,7 @@ import torch
 from torch import distributed
 
 from abyssal.parallel.launch import Launch
-from abyssal.parallel.launch_ranks import Ranks, open_ranks
+from abyssal.parallel.launch_ranks import JoinedRanks, open_ranks
 from abyssal.spec.mesh import MeshSpec
 
 
@@ -23,7 +23,7 @@ def stand_here() -> None:
     time.sleep(600)
 
 
-def misbehave(mischief: str, ranks: Ranks) -> None:
+def misbehave(mischief: str, ranks: JoinedRanks) -> None:
     if mischief == "raise":
         raise KeyError("the missing expert")
     if mischief == "problem":
@@ -55,7 +55,7 @@ def main(timeout: float, steps: int, mischiefs: list[tuple[int, str, int]]) -> N
         sys.exit(2)
 
 
-def work(ranks: Ranks, steps: int, mischiefs: list[tuple[int, str, int]]) -> None:
+def work(ranks: JoinedRanks, steps: int, mischiefs: list[tuple[int, str, int]]) -> None:
     ranks.watch.mark("adding")
     for step in range(steps):
         begin = time.perf_counter()

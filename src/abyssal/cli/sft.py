@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,10 +12,13 @@ import tyro
 
 from abyssal.cli.allocator import keep_freed_memory
 from abyssal.cli.arguments import parse
+from abyssal.cli.ranks import on_ranks, take_folder
 from abyssal.cli.run_options import as_json, open_trackers, recorded_options
 from abyssal.train.config import BalanceConfig, OptimizerConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from abyssal.parallel.launch_ranks import JoinedRanks
+    from abyssal.train.folder import RunFolder
     from abyssal.train.run import Run
 
 
@@ -73,35 +76,68 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the verb; bad input raises ValueError or FileNotFoundError."""
+    return on_ranks("sft", argv, _parsed, _fine_tune)
+
+
+def _parsed(argv: list[str]) -> Options:
     options = parse(Options, argv, "sft", recorded_options(Options, argv) or _defaults(argv))
+    if options.epochs <= 0:
+        raise ValueError(f"--epochs is {options.epochs}; give a positive number")
+    return options
+
+
+def _fine_tune(options: Options, ranks: JoinedRanks | None) -> int:
     keep_freed_memory()
     from abyssal.train.folder import RunFolder
 
-    if options.epochs <= 0:
-        raise ValueError(f"--epochs is {options.epochs}; give a positive number")
     folder = RunFolder(options.out)
-    if not options.resume:
-        folder.check_free()
+    take_folder(folder.path, options.resume, folder.check_free, ranks)
 
     from abyssal.train.fault import TrainingFault
     from abyssal.train.run import run_training
     from abyssal.train.sft import save_adapted
 
-    run = _run(options)
-    _report(run)
+    first = ranks is None or ranks.is_first
+    run = _run(options) if ranks is None else _run_on_ranks(options, folder, ranks)
+    if first:
+        _report(run)
     save = save_adapted(folder, options.model, run.data) if options.lora else None
     with ExitStack() as stack:
-        for tracker in (trackers := open_trackers(options.track, folder.path, run.record())):
+        names = options.track if first else ()
+        for tracker in (trackers := open_trackers(names, folder.path, run.record())):
             stack.enter_context(tracker)
+        mesh, watch = (None, None) if ranks is None else (ranks.mesh, ranks.watch)
         try:
-            result = run_training(folder, run, trackers, options.resume, save)
+            result = run_training(folder, run, trackers, options.resume, save, mesh=mesh, watch=watch)
         except TrainingFault as fault:
             raise ValueError(str(fault)) from fault
-    print(
-        f"{folder.model}: {run.data.record['epochs']:g} epochs in {result.seconds:.0f} s, "
-        f"held-out loss {result.evaluation.loss:.3f} over {result.evaluation.num_tokens:,} tokens of the assistant"
-    )
+    if first:
+        print(
+            f"{folder.model}: {run.data.record['epochs']:g} epochs in {result.seconds:.0f} s, "
+            f"held-out loss {result.evaluation.loss:.3f} over {result.evaluation.num_tokens:,} tokens of the assistant"
+        )
     return 0
+
+
+def _run_on_ranks(options: Options, folder: RunFolder, ranks: JoinedRanks) -> Run:
+    """Every rank reads all conversations: they are few beside a model's own text, and what each trains on is a row."""
+    from abyssal.train.ranks import check_fits
+
+    def read() -> Run:
+        run = _run(options)
+        check_fits(run.spec, options.train.parallel, ranks.mesh.spec)
+        run.config.plan(ranks.mesh.spec.dp)
+        return run
+
+    try:
+        run = ranks.together("reading the conversations", read)
+    except ValueError:
+        if ranks.is_first:
+            with suppress(OSError):
+                folder.path.rmdir()  # if it is empty: it was made for this run
+        raise
+    ranks.compare({"of the run": {name: part for name, part in run.record().items() if name != "environment"}})
+    return run
 
 
 def _defaults(argv: Sequence[str]) -> Options | None:

@@ -6,7 +6,7 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,6 +15,7 @@ import tyro
 
 from abyssal.cli.allocator import keep_freed_memory
 from abyssal.cli.arguments import parse
+from abyssal.cli.ranks import on_ranks, take_folder
 from abyssal.cli.run_options import as_json, open_trackers, recipe_name, recorded_options
 from abyssal.train.config import TrainConfig, width_init_std
 from abyssal.train.recipes import RECIPES
@@ -22,6 +23,7 @@ from abyssal.train.recipes import RECIPES
 if TYPE_CHECKING:
     from abyssal.data.prepare import PrepareConfig
     from abyssal.data.shards import PreparedData
+    from abyssal.parallel.launch_ranks import JoinedRanks
     from abyssal.spec.model import ModelSpec
     from abyssal.train.folder import RunFolder
     from abyssal.train.run import Run
@@ -71,17 +73,24 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Run the verb; bad input raises ValueError or FileNotFoundError."""
+    return on_ranks("train", argv, _parsed, _train)
+
+
+def _parsed(argv: list[str]) -> Options:
     recorded = recorded_options(Options, argv)
     _check_recipe(argv, recorded)
-    options = parse(Options, argv, "train", recorded or _recipe_defaults(argv))
+    return parse(Options, argv, "train", recorded or _recipe_defaults(argv))
+
+
+def _train(options: Options, ranks: JoinedRanks | None) -> int:
     keep_freed_memory()
     from abyssal.train.folder import RunFolder
 
     _check(options)
     folder = RunFolder(options.out)
-    if not options.resume:
-        folder.check_free()
-    elif recorded is None:
+    take_folder(folder.path, options.resume, folder.check_free, ranks)
+    first = ranks is None or ranks.is_first
+    if first and options.resume and not folder.record.exists():
         print(f"{folder.path}: holds no run to resume; beginning one", file=sys.stderr)
     spec = _spec(options)
     options.train.check_fits(spec)
@@ -89,20 +98,23 @@ def main(argv: list[str]) -> int:
     from abyssal.train.fault import TrainingFault
     from abyssal.train.run import run_training
 
-    run = _run(options, folder, spec)
+    run = _run(options, folder, spec) if ranks is None else _run_on_ranks(options, folder, spec, ranks)
     with ExitStack() as stack:
-        for tracker in (trackers := open_trackers(options.track, folder.path, run.record())):
+        names = options.track if first else ()
+        for tracker in (trackers := open_trackers(names, folder.path, run.record())):
             stack.enter_context(tracker)
+        mesh, watch = (None, None) if ranks is None else (ranks.mesh, ranks.watch)
         try:
-            result = run_training(folder, run, trackers, options.resume)
+            result = run_training(folder, run, trackers, options.resume, mesh=mesh, watch=watch)
         except TrainingFault as fault:
             raise ValueError(str(fault)) from fault
-    evaluation = result.evaluation
-    print(
-        f"{folder.model}: {result.tokens:,} tokens in {result.seconds:.0f} s "
-        f"({result.tokens / result.seconds:,.0f} tokens/s), held-out loss {evaluation.loss:.3f}, "
-        f"{evaluation.bits_per_byte:.3f} bits per byte, MaxVio {evaluation.max_violation:.2f}"
-    )
+    if first:
+        evaluation = result.evaluation
+        print(
+            f"{folder.model}: {result.tokens:,} tokens in {result.seconds:.0f} s "
+            f"({result.tokens / result.seconds:,.0f} tokens/s), held-out loss {evaluation.loss:.3f}, "
+            f"{evaluation.bits_per_byte:.3f} bits per byte, MaxVio {evaluation.max_violation:.2f}"
+        )
     return 0
 
 
@@ -161,26 +173,51 @@ def _spec(options: Options) -> ModelSpec:
 
 def _run(options: Options, folder: RunFolder, spec: ModelSpec) -> Run:
     """Everything opened, prepared and found to fit."""
-    from abyssal.train.data import fitted, pretraining_data
-    from abyssal.train.initial import start_from
-    from abyssal.train.run import Run
-
     there = folder.data.exists()
     sources = _sources(options, folder, spec)
-    recorded = as_json(options)
-    config = options.train.resolved(spec)
     try:
-        if options.init is not None:
-            _check_tokenizer(options.init, sources[0])
-            start, origin = start_from(options.init)
-            return Run(spec, config, pretraining_data(sources, spec, config, options.mix), start, recorded, origin)
-        spec = fitted(spec, sources[0].tokenizer())
-        return Run(spec, config, pretraining_data(sources, spec, config, options.mix), options=recorded)
+        return _run_of(options, spec, sources)
     except ValueError:
         if folder.data.exists() and not there:  # prepared for a run that will not be
             shutil.rmtree(folder.data)
             folder.path.rmdir()
         raise
+
+
+def _run_on_ranks(options: Options, folder: RunFolder, spec: ModelSpec, ranks: JoinedRanks) -> Run:
+    """The same on every rank, once rank 0 has prepared and checked what there is to read."""
+    from abyssal.train.ranks import check_fits
+
+    check_fits(spec, options.train.parallel, ranks.mesh.spec)
+    options.train.resolved(spec).plan(ranks.mesh.spec.dp)
+
+    def prepare() -> None:
+        try:
+            _run(options, folder, spec)
+        except (ValueError, OSError):
+            with suppress(OSError):
+                folder.path.rmdir()  # if it is empty: it was made for this run
+            raise
+
+    ranks.first_alone("preparing the text", prepare)
+    run = ranks.together("reading the text", lambda: _run_of(options, spec, _sources(options, folder, spec, False)))
+    ranks.compare({"of the run": {name: part for name, part in run.record().items() if name != "environment"}})
+    return run
+
+
+def _run_of(options: Options, spec: ModelSpec, sources: list[PreparedData]) -> Run:
+    from abyssal.train.data import fitted, pretraining_data
+    from abyssal.train.initial import start_from
+    from abyssal.train.run import Run
+
+    recorded = as_json(options)
+    config = options.train.resolved(spec)
+    if options.init is not None:
+        _check_tokenizer(options.init, sources[0])
+        start, origin = start_from(options.init)
+        return Run(spec, config, pretraining_data(sources, spec, config, options.mix), start, recorded, origin)
+    spec = fitted(spec, sources[0].tokenizer())
+    return Run(spec, config, pretraining_data(sources, spec, config, options.mix), options=recorded)
 
 
 def _check_tokenizer(init: Path, source: PreparedData) -> None:
@@ -196,8 +233,9 @@ def _check_tokenizer(init: Path, source: PreparedData) -> None:
             )
 
 
-def _sources(options: Options, folder: RunFolder, spec: ModelSpec) -> list[PreparedData]:
-    """Prepared folders as they are; text prepared into RUN/data, or found there by a resumed run."""
+def _sources(options: Options, folder: RunFolder, spec: ModelSpec, verify: bool = True) -> list[PreparedData]:
+    """Prepared folders as they are, or ``verify`` their checksums; text prepared into RUN/data, or found there by a
+    resumed run."""
     from abyssal.cli.prepare import PrepareDisplay
     from abyssal.data.manifest import is_prepared
     from abyssal.data.prepare import PrepareConfig, prepare_paths
@@ -215,10 +253,10 @@ def _sources(options: Options, folder: RunFolder, spec: ModelSpec) -> list[Prepa
         )
     if prepared:
         _check_not_for_text(options, prepared[0])
-        return [PreparedData.open(path, verify=True) for path in prepared]
+        return [PreparedData.open(path, verify) for path in prepared]
     config = PrepareConfig(held_out=options.held_out, fim_rate=options.fim_rate, seed=options.train.seed)
     if is_prepared(folder.data):
-        data = PreparedData.open(folder.data, verify=True)
+        data = PreparedData.open(folder.data, verify)
         _check_prepared_so(data, options, config)
         return [data]
     tokenizer_folder = options.init or options.tokenizer

@@ -55,6 +55,10 @@ class RankProblem(ValueError):
     """What went wrong on another rank; that rank, or rank 0, tells the user."""
 
 
+class OwnProblem(ValueError):
+    """What went wrong on this rank where rank 0 does not hear of it: this rank tells the user."""
+
+
 class Meeting:
     """One rank's side.
 
@@ -85,15 +89,16 @@ class Meeting:
             if self._store.check(["cannot-begin"]):
                 raise RankProblem(self._store.get("cannot-begin").decode())
             if time.monotonic() > deadline:
-                raise ValueError(self._who_is_missing(keys, timeout, where))
+                raise self._missing(keys, timeout, where)
             time.sleep(poll)
             poll = min(2 * poll, _LONGEST_POLL)
         return [Peer(**json.loads(text)) for text in self._store.multi_get(keys)]
 
-    def _who_is_missing(self, keys: Sequence[str], timeout: float, where: str) -> str:
+    def _missing(self, keys: Sequence[str], timeout: float, where: str) -> ValueError:
         came = [rank for rank, key in enumerate(keys) if self._store.check([key])]
         missing = [rank for rank in range(self.world_size) if rank not in came]
-        return (
+        kind = OwnProblem if came[0] == self.rank else ValueError
+        return kind(
             f"{listed_ranks(missing)} of {self.world_size} did not come to {where} within {timeout:g} s, "
             f"{listed_ranks(came)} did; see what the missing ones printed and whether their machines reach that "
             "address, or give them longer with --rank-timeout"

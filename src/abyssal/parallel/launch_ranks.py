@@ -21,7 +21,7 @@ import torch
 from torch import distributed
 
 from abyssal.parallel.launch import Launch
-from abyssal.parallel.launch_meeting import PROBLEMS, Meeting, Peer, Store, describe
+from abyssal.parallel.launch_meeting import PROBLEMS, Meeting, OwnProblem, Peer, Store, describe
 from abyssal.parallel.mesh import Mesh
 from abyssal.parallel.startup import compare_ranks
 from abyssal.parallel.watch import Watch, WatchOptions
@@ -37,7 +37,7 @@ LEAST_ARRIVAL = 60.0
 
 
 @dataclass(frozen=True)
-class Ranks:
+class JoinedRanks:
     """This rank among all: where it stands, how it agrees with the others, and who watches over them."""
 
     launch: Launch
@@ -94,7 +94,7 @@ def open_ranks(
     device: Literal["cpu", "cuda"] = "cpu",
     name: str = "abyssal",
     arrival: float | None = None,
-) -> Iterator[Ranks]:
+) -> Iterator[JoinedRanks]:
     """Join the other ranks; on leaving, take everything down again.
 
     Args:
@@ -105,17 +105,22 @@ def open_ranks(
         arrival: seconds that ranks have to come; ``timeout`` by default, and no less than a minute.
 
     Raises:
-        ValueError: the mesh is of another number of ranks, the store cannot be reached, ranks do not come or differ,
-            a device is missing; naming what and which.
+        OwnProblem: the store cannot be reached, or rank 0 did not come.
+        ValueError: the mesh is of another number of ranks, other ranks do not come or differ, a device is missing;
+            naming what and which.  Alike on all ranks, so that rank 0 alone need tell it.
     """
     _check_mesh(mesh_spec, launch)
-    on_device = _own_device(launch, device)
     arrival = max(timeout, LEAST_ARRIVAL) if arrival is None else arrival
     root = open_store(launch, arrival)
     prefix = f"abyssal/{launch.restarts}"
     store = distributed.PrefixStore(prefix, root)
     meeting = Meeting(store, launch.rank, launch.world_size)  # pyright: ignore[reportArgumentType]
     me = this_process(launch.rank)
+    try:
+        on_device = _own_device(launch, device)
+    except ValueError as problem:
+        meeting.cannot_begin(_told(launch, problem))
+        raise
     peers = meeting.roll_call(me, arrival, f"{launch.address}:{launch.port}")
 
     def beats_store() -> Store:
@@ -128,7 +133,7 @@ def open_ranks(
             _init_groups(launch, distributed.PrefixStore("groups", store), on_device, stack)
             mesh = Mesh(mesh_spec, on_device)
         stack.callback(mesh.close)
-        yield Ranks(launch, mesh, meeting, watch, peers, root)  # pyright: ignore[reportArgumentType]
+        yield JoinedRanks(launch, mesh, meeting, watch, peers, root)  # pyright: ignore[reportArgumentType]
         meeting.together(lambda: None)  # groups are taken down when nobody needs them any more
         stack.close()
 
@@ -138,10 +143,14 @@ def report_problem(launch: Launch, problem: Exception) -> bool:
     try:
         store = distributed.PrefixStore(f"abyssal/{launch.restarts}", open_store(launch, _REPORT_SECONDS))
         meeting = Meeting(store, launch.rank, launch.world_size)  # pyright: ignore[reportArgumentType]
-        meeting.cannot_begin(f"rank {launch.rank} ({socket.gethostname()}): {describe(problem)}")
+        meeting.cannot_begin(_told(launch, problem))
     except (*PROBLEMS, RuntimeError):
         return False
     return True
+
+
+def _told(launch: Launch, problem: Exception) -> str:
+    return f"rank {launch.rank} ({socket.gethostname()}): {describe(problem)}"
 
 
 def _check_mesh(spec: MeshSpec, launch: Launch) -> None:
@@ -174,13 +183,13 @@ def open_store(launch: Launch, timeout: float) -> distributed.TCPStore:
     """The store that all ranks share; rank 0 makes it where the launcher has not.
 
     Raises:
-        ValueError: it cannot be reached within ``timeout`` seconds, or its port is taken.
+        OwnProblem: it cannot be reached within ``timeout`` seconds, or its port is taken.
     """
     if launch.is_first and not launch.launcher_has_store:
         try:
             return distributed.TCPStore(launch.address, launch.port, is_master=True, wait_for_workers=False)
         except RuntimeError as error:
-            raise ValueError(
+            raise OwnProblem(
                 f"port {launch.port} of {launch.address} cannot be listened on ({_first_line(error)}); set MASTER_PORT "
                 "to one that is free, on all ranks"
             ) from error
@@ -194,7 +203,7 @@ def _client(launch: Launch, timeout: float) -> distributed.TCPStore:
             launch.address, launch.port, is_master=False, timeout=timedelta(seconds=max(timeout, 1.0))
         )
     except RuntimeError as error:
-        raise ValueError(
+        raise OwnProblem(
             f"the ranks' store at {launch.address}:{launch.port} gives no answer ({_first_line(error)}); check "
             "MASTER_ADDR and MASTER_PORT"
         ) from error
@@ -209,7 +218,7 @@ def _await_port(launch: Launch, timeout: float) -> None:
             return
         except OSError as error:
             if time.monotonic() > deadline:
-                raise ValueError(
+                raise OwnProblem(
                     f"rank {launch.rank} of {launch.world_size} cannot reach the ranks' store at {launch.address}:"
                     f"{launch.port} for {timeout:g} s ({error.strerror or error}); check that the launcher or rank 0 "
                     "runs there and that this machine may connect (MASTER_ADDR, MASTER_PORT, firewalls)"

@@ -37,6 +37,8 @@ from abyssal.parallel.watch_stack import main_thread_stack, main_thread_stands, 
 _FAILURE = "failure"
 GRACE = 3.0
 """Seconds that a rank which was told to end, or has lost the store, gives the reason to arrive."""
+LEAVING = 30.0
+"""Seconds that the main thread has to get out, once it has a problem to tell the user."""
 SIGTERM_EXIT = 128 + signal.SIGTERM
 
 
@@ -92,6 +94,7 @@ class Watch:
         self._lock, self._ended = threading.Lock(), False
         self._wake, self._stop = threading.Event(), threading.Event()
         self._leaving, self._over = threading.Event(), threading.Event()
+        self._left_at = 0.0
         self._parent = os.getppid()
 
     # What the main thread says
@@ -139,17 +142,26 @@ class Watch:
     ) -> None:
         if error is None or isinstance(error, SystemExit):
             self._leave_well()
-        elif isinstance(error, RankProblem):
-            self._leaving.set()  # the rank that has it tells
-        elif isinstance(error, PROBLEMS) and not isinstance(error, ConnectionError):
-            self._leaving.set()
-            self._publish(self._own_failure("problem", describe(error)))
-        elif isinstance(error, KeyboardInterrupt):
-            self._leaving.set()
-            self._publish(self._own_failure("interrupted"))
         else:
-            self._end_by(error)
+            self.report(error)
         self._close()
+
+    def report(self, error: BaseException) -> None:
+        """Let all ranks end by what was raised here; returns where the user is to be told of it in the usual way.
+
+        To be called before anything is closed that may wait for other ranks; leaving the watch does what is left.
+        """
+        if self._leaving.is_set():
+            return
+        if not isinstance(error, (*PROBLEMS, KeyboardInterrupt)) or isinstance(error, ConnectionError):
+            self._end_by(error)
+            return
+        self._left_at = time.monotonic()
+        self._leaving.set()
+        if not isinstance(error, RankProblem):  # the rank that has that tells
+            interrupted = isinstance(error, KeyboardInterrupt)
+            kind, text = ("interrupted", "") if interrupted else ("problem", describe(error))
+            self._publish(self._own_failure(kind, text))
 
     def _leave_well(self) -> None:
         self.mark("ended", patient=True)
@@ -300,6 +312,8 @@ class Watch:
             silent = time.monotonic() - self._round > self._options.timeout
             if silent or os.getppid() != self._parent:
                 self._lost_store()
+            if self._leaving.is_set() and time.monotonic() - self._left_at > LEAVING:
+                self._end_leaving()
 
     def _signalled(self, numbers: bytes) -> None:
         """The launcher wants this rank to end: mostly because another has failed, which the beats are about to tell."""
@@ -309,6 +323,14 @@ class Watch:
             if not self._stop.is_set() and not self._leaving.is_set():
                 self._stop.set()
                 self._leave(SIGTERM_EXIT if signal.SIGTERM in numbers else 130)
+
+    def _end_leaving(self) -> None:
+        """The main thread does not get out: it waits for ranks that have ended by the same failure."""
+        failure = self._failure or self._own_failure("interrupted")
+        if self._me.rank == 0 and failure.kind == "problem":
+            self._tell(f"{self._options.name}: {failure.text}")
+        self._stop.set()
+        self._leave(failure.exit_code)
 
     # The end
 

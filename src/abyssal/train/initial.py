@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from abyssal.checkpoint.hf import load_model
+from abyssal.model.share import ExpertShare
 from abyssal.model.transformer import Transformer
 from abyssal.spec.hf_config import read_config
 from abyssal.spec.model import ModelSpec
 from abyssal.train.config import TrainConfig
 from abyssal.train.loop import training_recipe
 
-Start = Callable[[ModelSpec, TrainConfig], Transformer]
+
+class Start(Protocol):
+    """Makes the model of step 0, with one rank's share of the experts or all of them, alike whatever the share."""
+
+    def __call__(self, spec: ModelSpec, config: TrainConfig, share: ExpertShare | None = None, /) -> Transformer: ...
 
 
 def start_from(folder: Path) -> tuple[Start, dict[str, Any]]:
@@ -27,13 +31,16 @@ def start_from(folder: Path) -> tuple[Start, dict[str, Any]]:
     """
     folder_spec = read_config(folder)
 
-    def start(spec: ModelSpec, config: TrainConfig) -> Transformer:
+    def start(spec: ModelSpec, config: TrainConfig, share: ExpertShare | None = None) -> Transformer:
+        share = share or ExpertShare({}, 0)
         longer = replace(folder_spec, yarn=spec.yarn, max_positions=spec.max_positions)
         if longer != spec:
             raise ValueError(f"{folder}: its model is another than the one to be trained; give the spec of the folder")
         dtype = torch.float64 if config.compute == "float64" else torch.float32
-        loaded = load_model(folder, dtype=dtype)
-        model = Transformer(spec, training_recipe(spec, config), placements=loaded.placements(), device="meta")
+        loaded = load_model(folder, dtype=dtype, placements=share.placements, expert_rank=share.rank)
+        model = Transformer(
+            spec, training_recipe(spec, config), loaded.placements(), device="meta", expert_rank=share.rank
+        )
         model.load_state_dict(loaded.state_dict(), assign=True)
         return model
 

@@ -70,11 +70,13 @@ class ProgressDisplay:
         self.show_validation(validation_fields(record))
 
     def on_event(self, event: Mapping[str, Any]) -> None:
-        """An alarm or a resume, as ``metrics.jsonl`` has it, gets its line; other events none."""
+        """An alarm, a resume or a slow rank, as ``metrics.jsonl`` has it, gets its line; other events none."""
         if event.get("event") == "alarm":
             self._console.print(Text(_alarm(event), style="bold red"), soft_wrap=True)
         elif event.get("event") == "resume":
             self._console.print(f"step {event['step']:>5}  resumed", highlight=False, soft_wrap=True)
+        elif event.get("event") == "slow_rank":
+            self._console.print(Text(_slow_rank(event), style="bold red"), soft_wrap=True)
 
     def show_step(self, fields: dict[str, Any]) -> None:
         """A step, as ``metrics.jsonl`` has it."""
@@ -180,6 +182,14 @@ def _accepted(validation: Mapping[str, Any], brief: bool = False) -> list[str]:
     if brief:
         return [f"MTP {' '.join(f'{share:.0%}' for share in shares)}"]
     return [f"MTP accepted {' '.join(f'{share:.1%}' for share in shares)}"]
+
+
+def _slow_rank(event: Mapping[str, Any]) -> str:
+    own, others = event["own_seconds"], event["median_seconds"]
+    return (
+        f"step {event['step']:>5}  slow: rank {event['rank']} ({event['host']}, pid {event['pid']}) takes "
+        f"{own / others:.1f} times as long as the others, {own:.3g} s of its own a step"
+    )
 
 
 def _alarm(event: Mapping[str, Any]) -> str:

@@ -1,28 +1,41 @@
-"""A run in its folder: its record first, metrics and checkpoints while it goes, the model at the end; and going on."""
+"""A run in its folder: its record first, metrics and checkpoints while it goes, the model at the end; and going on.
+
+On many ranks each writes its part of the checkpoints and of the model; the record, the tokenizer, the metrics and
+whatever else there is one of are rank 0's, which alone has observers.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from abyssal.checkpoint.hf import save_model
+from abyssal.checkpoint.ranks import Ranks
 from abyssal.model.transformer import Transformer
+from abyssal.parallel.mesh import Mesh
+from abyssal.parallel.watch import Watch
 from abyssal.spec.model import ModelSpec
-from abyssal.train.checkpoints import Checkpoints, SavedCheckpoint, saved_checkpoints
+from abyssal.train.checkpoints import Checkpoints, SavedCheckpoint, newest_checkpoint, saved_checkpoints
 from abyssal.train.config import TrainConfig
 from abyssal.train.data import TrainingData
+from abyssal.train.export import save_result_from_state
+from abyssal.train.fault import TrainingFault
 from abyssal.train.folder import RunFolder, write_json
+from abyssal.train.initial import Start
 from abyssal.train.loop import DTYPES, Loop, TrainResult, build_model
 from abyssal.train.metrics import MetricsFile, Observer, environment
 from abyssal.train.peak import matmul_peak
 from abyssal.train.progress import ProgressDisplay
+from abyssal.train.ranks import check_fits, expert_share
 from abyssal.train.step import Trainer
+from abyssal.train.ticker import Ticker
 
 CHANGES_NO_NUMBER = ("validate_every", "validation_batches", "checkpoint", "model_format", "parallel")
 """Fields of the config that a resumed run may have otherwise."""
@@ -35,7 +48,7 @@ class Run:
     spec: ModelSpec
     config: TrainConfig
     data: TrainingData
-    start: Callable[[ModelSpec, TrainConfig], Transformer] = build_model
+    start: Start = build_model
     """Makes the model of step 0; also of a resumed run, whose checkpoint then fills it."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of the command line, as JSON: what ``--resume`` starts from."""
@@ -61,15 +74,21 @@ def run_training(
     resume: bool = False,
     save: Callable[[TrainResult], None] | None = None,
     measure_peak: bool = True,
+    mesh: Mesh | None = None,
+    watch: Watch | None = None,
 ) -> TrainResult:
     """Train, with a progress display, ``metrics.jsonl`` and checkpoints, and save the model with its tokenizer.
 
+    All ranks of ``mesh`` call it together; without one, this process trains alone.
+
     Args:
         folder: free (:meth:`RunFolder.check_free`) unless ``resume``.
-        observers: told besides.
+        observers: told besides, on rank 0.
         resume: go on from the newest checkpoint in ``folder``, or from the beginning where there is none.
-        save: writes the result in place of :func:`save_result`.
+        save: writes the result in place of :func:`save_result`; on many ranks
+            :func:`~abyssal.train.export.save_result_from_state` does, of adapters too.
         measure_peak: first measure the machine, a third of a second, so that steps are told the share they reach.
+        watch: of the mesh's ranks: told how far the run is.
 
     Raises:
         ValueError: no room for model and checkpoints on the disk (nothing is written then), or a resume with another
@@ -78,35 +97,103 @@ def run_training(
     """
     config = run.config.resolved(run.spec)
     record = json.loads(json.dumps(replace(run, config=config).record()))
+    group = None if mesh is None else mesh.control
+    ranks = Ranks(group)
     if resume:
-        _check_resume(folder, record)
+        ranks.first(lambda: _check_resume(folder, record))
     torch.manual_seed(config.seed)  # nothing draws from it yet; whatever will, will be resumed with it
+    with _trainer(replace(run, config=config), mesh, watch) as trainer, _reporting(watch):
+        result = _trained(folder, run.data, record, trainer, observers, resume, measure_peak, watch, ranks)
+        with _patient(watch, "writing the model"):
+            if mesh is not None:
+                save_result_from_state(folder, trainer.steps_done, trainer.tensors(), config.model_format, group)
+            elif save is None:
+                save_result(folder, result, run.data)
+            else:
+                save(result)
+    return result
+
+
+@contextmanager
+def _trainer(run: Run, mesh: Mesh | None, watch: Watch | None) -> Iterator[Trainer]:
+    """A trainer of the run's model, or of this rank's share of it."""
+    share = None
+    if mesh is not None:
+        check_fits(run.spec, run.config.parallel, mesh.spec)
+        share = expert_share(run.spec, run.config.parallel, mesh.spec, mesh.rank)
+    with _patient(watch, "building the model"):
+        model = run.start(run.spec, run.config, share).to("cpu" if mesh is None else mesh.device)
+        trainer = Trainer(model, run.config, mesh)
+    try:
+        yield trainer
+    finally:
+        if mesh is not None:
+            trainer.close()
+
+
+def _trained(
+    folder: RunFolder,
+    data: TrainingData,
+    record: dict[str, Any],
+    trainer: Trainer,
+    observers: Sequence[Observer],
+    resume: bool,
+    measure_peak: bool,
+    watch: Watch | None,
+    ranks: Ranks,
+) -> TrainResult:
+    """The loop, with everything around it that is open while it goes."""
+    group, config = None if trainer.mesh is None else trainer.mesh.control, trainer.config.checkpoint
+    _check_room(folder, trainer, ranks)
+    ranks.first(lambda: folder.path.mkdir(parents=True, exist_ok=True))
     with ExitStack() as stack:
-        trainer = Trainer(run.start(run.spec, config), config)
         checkpoints = None
-        _check_room(folder, trainer)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        if config.checkpoint.save_every:
-            checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.checkpoint.keep))
-        saved = max(saved_checkpoints(folder.checkpoints), default=None) if resume else None
+        if config.save_every:
+            checkpoints = stack.enter_context(Checkpoints(folder.checkpoints, config.keep, group=group))
+        saved = newest_checkpoint(folder.checkpoints, group) if resume else None
         if saved is not None:
-            restore(trainer, saved)
-        run.data.tokenizer.save(folder.tokenizer)
-        write_json(folder.record, record)
-        display = stack.enter_context(ProgressDisplay(trainer.plan.num_steps, num_tokens=trainer.plan.num_tokens))
-        metrics = stack.enter_context(MetricsFile(folder.metrics, None if saved is None else trainer.steps_done))
-        watching = [display, metrics, *observers]
+            with _patient(watch, "reading the checkpoint"):
+                restore(trainer, saved, group)
+        ranks.first(lambda: _write_record(folder, data, record))
+        watching: list[Observer] = []
+        if ranks.is_first:
+            display = ProgressDisplay(trainer.plan.num_steps, num_tokens=trainer.plan.num_tokens)
+            metrics = MetricsFile(folder.metrics, None if saved is None else trainer.steps_done)
+            watching = [stack.enter_context(display), stack.enter_context(metrics), *observers]
         if saved is not None:
             for observer in watching:
                 observer.on_event({"event": "resume", "step": trainer.steps_done})
-        device = trainer.model.embed.weight.device
-        peak = matmul_peak(DTYPES[config.compute or "float32"], device) if measure_peak else None
-        result = Loop(trainer, run.data, watching, checkpoints, peak).run()
-    if save is None:
-        save_result(folder, result, run.data)
-    else:
-        save(result)
-    return result
+        if watch is not None:
+            watching.append(stack.enter_context(Ticker(watch, trainer, tuple(watching))))
+        peak = _measured_peak(trainer, ranks) if measure_peak else None
+        with _reporting(watch):
+            return Loop(trainer, data, watching, checkpoints, peak).run()
+
+
+@contextmanager
+def _reporting(watch: Watch | None) -> Iterator[None]:
+    """Let the other ranks know of an exception before what is open here is closed, which may have to wait for them."""
+    try:
+        yield
+    except BaseException as error:
+        if watch is not None:
+            watch.report(ValueError(str(error)) if isinstance(error, TrainingFault) else error)
+        raise
+
+
+def _patient(watch: Watch | None, phase: str) -> AbstractContextManager[None]:
+    return nullcontext() if watch is None else watch.patient(phase)
+
+
+def _write_record(folder: RunFolder, data: TrainingData, record: dict[str, Any]) -> None:
+    data.tokenizer.save(folder.tokenizer)
+    write_json(folder.record, record)
+
+
+def _measured_peak(trainer: Trainer, ranks: Ranks) -> float | None:
+    """FLOP/s of all ranks, each measured while the others are; None on others than the first."""
+    dtype, device = DTYPES[trainer.config.compute or "float32"], trainer.model.embed.weight.device
+    return sum(ranks.gather(lambda: matmul_peak(dtype, device))) or None
 
 
 def save_result(folder: RunFolder, result: TrainResult, data: TrainingData) -> None:
@@ -126,14 +213,14 @@ def with_tensors(model: Transformer, tensors: Mapping[str, torch.Tensor]) -> Tra
     return other
 
 
-def restore(trainer: Trainer, saved: SavedCheckpoint) -> None:
-    """Put a trainer where the checkpoint stands.
+def restore(trainer: Trainer, saved: SavedCheckpoint, group: distributed.ProcessGroup | None = None) -> None:
+    """Put a trainer where the checkpoint stands; all ranks of ``group`` together.
 
     Raises:
         ValueError: a checkpoint that is damaged or of another model, by name.
     """
     tensors = trainer.tensors(saving=False)
-    fields, generator = saved.load(tensors), tensors["generator/torch"]
+    fields, generator = saved.load(tensors, group=group), tensors["generator/torch"]
     assert isinstance(generator, torch.Tensor)
     trainer.restore(fields, generator)
 
@@ -204,10 +291,15 @@ def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]
         yield name, old, new
 
 
-def _check_room(folder: RunFolder, trainer: Trainer) -> None:
+def _check_room(folder: RunFolder, trainer: Trainer, ranks: Ranks) -> None:
     """Room for the model and for one checkpoint more than is kept, before anything is trained."""
     tensors = trainer.tensors()
     model = sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith(("model/", "average/")))
+    by_rank = ranks.gather(lambda: (model, sum(tensor.nbytes for tensor in tensors.values())))
     config = trainer.config.checkpoint
-    states = (config.keep + 1) * sum(tensor.nbytes for tensor in tensors.values()) if config.save_every else 0
-    folder.check_room(model, states)
+
+    def check() -> None:
+        models, states = map(sum, zip(*by_rank, strict=True))
+        folder.check_room(models, (config.keep + 1) * states if config.save_every else 0)
+
+    ranks.first(check)

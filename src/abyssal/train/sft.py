@@ -24,6 +24,7 @@ from abyssal.checkpoint.hf import save_model
 from abyssal.data.chat import encode_conversations, read_conversations, split_conversations
 from abyssal.data.chat_stream import ChatStream, SampleRows
 from abyssal.model.lora import LoraConfig, add_lora, merge_lora, remove_lora
+from abyssal.model.share import ExpertShare
 from abyssal.model.transformer import Transformer
 from abyssal.spec.hf_config import read_config
 from abyssal.spec.model import ModelSpec
@@ -158,9 +159,9 @@ def _padding(tokenizer: Tokenizer) -> int:
 def _start(start: Start, base_spec: ModelSpec, lora: LoraConfig | None) -> Start:
     """The model of step 0: the folder's, with room for the template's tokens, and adapters if asked for."""
 
-    def adapted(spec: ModelSpec, config: TrainConfig) -> Transformer:
+    def adapted(spec: ModelSpec, config: TrainConfig, share: ExpertShare | None = None) -> Transformer:
         generator = torch.Generator().manual_seed(config.seed)
-        model = with_vocabulary(start(base_spec, config), spec.vocab_size, generator)
+        model = with_vocabulary(start(base_spec, config, share), spec.vocab_size, generator)
         if lora is not None:
             add_lora(model, lora, generator)
         return model
@@ -175,7 +176,7 @@ def with_vocabulary(model: Transformer, vocab_size: int, generator: torch.Genera
         return model
     assert vocab_size > old_size
     spec = replace(model.spec, vocab_size=vocab_size)
-    larger = Transformer(spec, model.recipe, placements=model.placements(), device="meta")
+    larger = Transformer(spec, model.recipe, model.placements(), device="meta", expert_rank=model.expert_rank)
     weights = model.state_dict()
     for name, tensor in larger.state_dict().items():
         if tensor.shape != weights[name].shape:
