@@ -27,7 +27,7 @@ OPTIONS = {
     "mesh": ("dp=2,ep=2", "dp=4,ep=2", "dp=4,ep=4", "dp=8,ep=4"),
     "replicas": ("none", "fixed", "moving"),
     "dispatch": ("alltoall", "hierarchical"),
-    "ranks_per_node": (None, 2, 1),
+    "ranks_per_node": (2, 1),
     "micro_batch_size": (None, 1),
     "masked": (False, True),
 }
@@ -45,9 +45,10 @@ def named(row: Row) -> str:
 
 
 FEATURES = {
-    "no experts across ranks": Case("dp=2,ep=1", micro_batch_size=4),
-    "average and bf16-like moments": Case("dp=4,ep=2", config={"ema_decay": 0.9}),
-    "recomputation": Case("dp=2,ep=2", redundant=2, config={"recompute": ("norm", "up_projection", "swiglu")}),
+    "every expert on every rank": Case("dp=2,ep=1", micro_batch_size=4),
+    "an average and recomputation": Case(
+        "dp=4,ep=2", redundant=2, config={"ema_decay": 0.9, "recompute": ("norm", "up_projection", "swiglu")}
+    ),
     "adapters": Case("dp=4,ep=2", redundant=2, moves=True, lora=True),
 }
 

@@ -175,7 +175,9 @@ def run(trainer: Trainer, case: Case, steps: int) -> Outcome:
             outcome.gradients[step] = dict(kept)
         if case.moves and trainer.mesh is not None and step % 3 == 2:
             trainer.place({layer: moved(one, step) for layer, one in trainer.model.placements().items()})
-    outcome.state = {name: _plain(value) for name, value in trainer.tensors().items()}
+    tensors = trainer.tensors()
+    del tensors["generator/torch"]  # each process has its own, from which nothing is drawn
+    outcome.state = {name: _plain(value) for name, value in tensors.items()}
     return outcome
 
 

@@ -161,12 +161,21 @@ class ShardedMasters:
             modules[layer].check_fits(placement)
         self.wait()
         for layer, placement in placements.items():
+            self._move_frozen(modules[layer], placement)
             modules[layer].placement = placement
         for part in self._parts:
             if part.experts:
                 self.tensors |= part.part_from_model(self.tensors)
                 part.start_gather(self.tensors)
         self.wait()
+
+    @torch.no_grad()
+    def _move_frozen(self, experts: Experts, placement: Placement) -> None:
+        """Weights that have no master, under adapters, by way of their homes."""
+        frozen = [parameter.data for parameter in experts.parameters(recurse=False) if not parameter.requires_grad]
+        for tensor in frozen:  # one at a time: the memory of the largest
+            at_home = self._homes.to_homes([tensor], [experts.placement], first_only=True)
+            self._homes.to_slots(at_home, [tensor], [placement])
 
     # ---- checkpoints ----
 
