@@ -47,13 +47,16 @@ def plan_of(tensors: Mapping[str, Tensor | Sharded]) -> Plan:
         whole = Rectangle.whole(record.shape)
         for shard in shards:
             rectangle = rectangle_of(shard)
-            fits = len(rectangle.offsets) == len(rectangle.sizes) == len(whole.sizes)
-            if not fits or (rectangle.num_elements and overlap(whole, rectangle) != rectangle):
+            axes = len(rectangle.offsets), len(rectangle.sizes)
+            if axes != (len(whole.sizes),) * 2 or (rectangle.num_elements and overlap(whole, rectangle) != rectangle):
                 raise ValueError(
-                    f"{name}: the shard {rectangle} lies outside the tensor, whose shape is {record.shape}"
+                    f"{name}: the shard at {list(shard.offsets)} of shape {list(shard.tensor.shape)} lies outside the "
+                    f"tensor, whose shape is {list(record.shape)}"
                 )
             if shard.tensor.dtype != tensor.dtype:
-                raise ValueError(f"{name}: the shard {rectangle} is {shard.tensor.dtype}, the tensor {tensor.dtype}")
+                raise ValueError(
+                    f"{name}: the shard at {list(shard.offsets)} is {shard.tensor.dtype}, the tensor {tensor.dtype}"
+                )
         plan[name] = record, [rectangle_of(shard) for shard in shards]
     return plan
 
@@ -77,9 +80,8 @@ def check_plans(plans: Sequence[Plan]) -> dict[str, TensorRecord]:
     for name, record in records.items():
         fault = _fault(record, [rectangle for _, rectangle in held[name]])
         if fault is not None:
-            problems.append(
-                f"{_part(name, fault.part, record)} {_owners([held[name][one][0] for one in fault.owners])}"
-            )
+            owners = sorted(held[name][index][0] for index in fault.owners)
+            problems.append(_problem(_part(name, fault.part, record), owners))
     if problems:
         raise ValueError(f"the ranks do not hold every tensor whole and once: {listed(problems)}; nothing was saved")
     return records
@@ -99,10 +101,8 @@ def _part(name: str, part: Rectangle, record: TensorRecord) -> str:
     first, last = part.offsets[0], part.ends[0] - 1
     experts = f"expert {first}" if first == last else f"experts {first} to {last}"
     whole = part.sizes[1:] == record.shape[1:]
-    return f"{experts} of {name}" if whole else f"{experts} of {name}, {part},"
+    return f"{experts} of {name}" if whole else f"{experts} of {name} ({part})"
 
 
-def _owners(ranks: Sequence[int]) -> str:
-    if not ranks:
-        return "is held by no rank"
-    return f"is held {len(ranks)} times, by ranks {', '.join(map(str, sorted(set(ranks))))}"
+def _problem(part: str, ranks: Sequence[int]) -> str:
+    return f"{part} comes from ranks {', '.join(map(str, ranks))}" if ranks else f"no rank holds {part}"

@@ -163,6 +163,7 @@ class ShardedReader:
     # ---- bytes ----
 
     def _read_part(self, name: str, chunk: _Chunk, part: Rectangle, target: Tensor) -> None:
+        descriptor = self._descriptor(chunk.file)
         try:
             begin = self._values_begin(chunk, target.dtype)
             if begin is None:
@@ -176,7 +177,7 @@ class ShardedReader:
                 f"({type(error).__name__}); refused, and nothing was run: do not use this folder"
             ) from error
         starts = [one.start for one in part.within(chunk.rectangle)]
-        file = _Values(self._descriptor(chunk.file), self.folder / chunk.file, target.dtype.itemsize)
+        file = _Values(descriptor, self.folder / chunk.file, target.dtype.itemsize)
         if not part.sizes:
             file.fill(begin, (1,), (0,), target.unsqueeze(0))
         else:

@@ -159,14 +159,14 @@ def test_a_rank_reads_the_experts_of_its_slots(tmp_path: Path) -> None:
     folder = saved(tmp_path / "m")
     whole = load_model(folder).state_dict()
     placement = replace(REPLICATED, num_ranks=2)
-    for rank in range(2):
-        model = load_model(folder, placements={1: placement, 2: placement}, expert_rank=rank)
+    models = [load_model(folder, placements={1: placement, 2: placement}, expert_rank=rank) for rank in range(2)]
+    for rank, model in enumerate(models):
         for name, tensor in model.state_dict().items():
             expected = whole[name][list(placement.experts_of_rank(rank))] if ".experts." in name else whole[name]
             assert torch.equal(tensor, expected), name
         assert model.get_parameter("layers.1.ffn.experts.w_down_EDF").shape[0] == 4
     with pytest.raises(ValueError, match=r"expert 3 of layers\.1\..* is in no slot of this model; a model spread over"):
-        save_model(model, tmp_path / "part")
+        save_model(models[1], tmp_path / "part")
     without = load_model(folder, mtp=False, placements={1: placement, 2: placement}, expert_rank=1)
     assert list(without.placements()) == [1]
     with pytest.raises(ValueError, match=r"placements: layers \[0\] have no experts"):
