@@ -107,7 +107,8 @@ class Trainer:
         self.mesh = mesh
         self.ranks = SingleRank() if mesh is None else DataRanks(mesh)
         if dispatcher is None and mesh is not None and mesh.spec.ep > 1:
-            dispatcher = open_dispatcher(config.parallel.dispatch, model.placements(), mesh)
+            parallel = config.parallel
+            dispatcher = open_dispatcher(parallel.dispatch, model.placements(), mesh, parallel.dispatch_chunk)
         self._ranks_dispatcher = dispatcher
         self.dispatcher = None if dispatcher is None else TimedDispatcher(dispatcher, self.ranks.waiting)
         self.plan = config.plan(self.ranks.num_ranks)
