@@ -52,7 +52,7 @@ def check_against_one_rank(spec: MeshSpec) -> None:
     mesh = Mesh(spec)
     for case, placement in enumerate(placements(spec.ep)):
         for kind in KINDS:
-            dispatcher = open_dispatcher(kind, {LAYER: placement}, mesh, num_chunks=1 + 2 * case)
+            dispatcher = open_dispatcher(kind, {LAYER: placement}, mesh, chunk_tokens=(None, 2)[case])
             for seed, routing in enumerate(ROUTINGS):
                 for dtype, bound in BOUNDS.items():
                     batch = draw(placement, routing, dtype, seed, mesh.place.replica)
@@ -89,7 +89,7 @@ def check_unit_weights(spec: MeshSpec) -> None:
     """Dispatch and then combine is K times the identity, exactly: the K summands of a token are equal."""
     mesh, generator = Mesh(spec), torch.Generator().manual_seed(distributed.get_rank())
     for kind in KINDS:
-        dispatcher = open_dispatcher(kind, {LAYER: placements(spec.ep)[1]}, mesh, num_chunks=2)
+        dispatcher = open_dispatcher(kind, {LAYER: placements(spec.ep)[1]}, mesh, chunk_tokens=2)
         for choices in (1, 2, 4):
             x_TD = torch.randint(-99, 99, (5, WIDTH), generator=generator).to(torch.float32)
             ids_TK = torch.rand(5, 8, generator=generator).argsort(1)[:, :choices]
@@ -105,7 +105,7 @@ def check_adjoint(spec: MeshSpec) -> None:
     mesh, placement = Mesh(spec), placements(spec.ep)[1]
     rank, group = mesh.place.expert, mesh.experts
     for kind in KINDS:
-        dispatcher = open_dispatcher(kind, {LAYER: placement}, mesh, num_chunks=2)
+        dispatcher = open_dispatcher(kind, {LAYER: placement}, mesh, chunk_tokens=2)
         batch = draw(placement, "random", torch.float64, 7, mesh.place.replica)
         x_TD, weights_TK = batch.x_TD[rank].requires_grad_(), batch.weights_TK[rank].double().requires_grad_()
         plan = dispatcher.plan(LAYER, batch.ids_TK[rank])
@@ -130,24 +130,51 @@ def check_adjoint(spec: MeshSpec) -> None:
 
 
 def check_chunks(spec: MeshSpec) -> None:
-    """Into however many chunks tokens are cut, also more than there are tokens: the same bits."""
+    """However many tokens cross at once, and though ranks have different numbers of them: the same bits."""
     mesh, placement = Mesh(spec), placements(spec.ep)[1]
     batch = draw(placement, "random", torch.bfloat16, 11, mesh.place.replica)
-    rank, found = mesh.place.expert, []
-    dispatcher = HierarchicalDispatcher({LAYER: placement}, mesh)
-    for chunks in (1, 2, 3, 20):
-        dispatcher.num_chunks = chunks
+    rank, found, messages = mesh.place.expert, [], []
+    for chunk_tokens in (100, 1, 2, 3):
+        dispatcher = open_dispatcher("hierarchical", {LAYER: placement}, mesh, chunk_tokens)
         plan = dispatcher.plan(LAYER, batch.ids_TK[rank])
         rows_AD, weights_A = dispatcher.start_dispatch(batch.x_TD[rank], batch.weights_TK[rank], plan).wait()
         assert weights_A is not None
         found.append((rows_AD, weights_A, dispatcher.start_combine(expert(rows_AD, weights_A), None, plan).wait()[0]))
+        messages.append(dispatcher.traffic.dispatch.messages)
+        dispatcher.close()
     for other in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
-    dispatcher.close()
+    assert len({len(ids) for ids in batch.ids_TK}) > 1 and messages[0] < messages[3] < messages[1]
     mesh.close()
 
 
-@pytest.mark.parametrize("check", [check_unit_weights, check_adjoint, check_chunks])
+def check_measured(spec: MeshSpec) -> None:
+    """The first dispatch finds one size for all ranks, counts nothing of its trials and changes nothing."""
+    mesh, placement = Mesh(spec), Placement.identity(8, 4)
+    tokens = 150 + 10 * mesh.rank
+    generator = torch.Generator().manual_seed(mesh.rank)
+    ids_TK = torch.rand(tokens, 8, generator=generator).argsort(1)[:, :3]
+    x_TD = torch.randint(-99, 99, (tokens, WIDTH), generator=generator).float()
+    given, measured = (open_dispatcher("hierarchical", {LAYER: placement}, mesh, size) for size in (1000, None))
+    for _ in range(2):
+        sent = []
+        for dispatcher in (given, measured):
+            plan = dispatcher.plan(LAYER, ids_TK)
+            rows_AD, _ = dispatcher.start_dispatch(x_TD, None, plan).wait()
+            assert torch.equal(dispatcher.start_combine(rows_AD, None, plan).wait()[0], 3 * x_TD)
+            sent.append((rows_AD, dispatcher.traffic.dispatch.across, dispatcher.traffic.combine.across))
+        assert torch.equal(sent[0][0], sent[1][0]) and sent[0][1:] == sent[1][1:]
+    assert isinstance(measured, HierarchicalDispatcher) and measured.chunk_size is not None
+    assert list(measured.chunk_size.seconds) == [180, 90]
+    sizes: list[object] = [None] * 4
+    distributed.all_gather_object(sizes, measured.chunk_size)
+    assert sizes == [measured.chunk_size] * 4
+    given.close()
+    measured.close()
+    mesh.close()
+
+
+@pytest.mark.parametrize("check", [check_unit_weights, check_adjoint, check_chunks, check_measured])
 def test_identity_adjoint_and_chunks(workers, check: Callable[[MeshSpec], None]) -> None:
     workers(4)(check, MeshSpec(dp=4, ep=4, ranks_per_node=2))
 
@@ -160,7 +187,7 @@ def check_bytes(spec: MeshSpec, wire: TileFormat | None) -> None:
     x_TD, weights_TK = batch.x_TD[rank], batch.weights_TK[rank]
     size = 2 * width if wire is None else bytes_per_token(width, wire)
     for kind in KINDS:
-        dispatcher = open_dispatcher(kind, {LAYER: placement}, mesh, num_chunks=2)
+        dispatcher = open_dispatcher(kind, {LAYER: placement}, mesh, chunk_tokens=2)
         plan = dispatcher.plan(LAYER, batch.ids_TK[rank])
         rows = start_dispatch(dispatcher, x_TD, weights_TK, plan, wire).wait()
         if wire is not None:
@@ -257,7 +284,7 @@ def check_starts_return_and_work_goes_on(kind: DispatcherKind, folder: Path) -> 
     """Rank 0 starts two layers before any other takes part; then the others finish while it waits for nothing."""
     mesh = Mesh(MeshSpec(dp=4, ep=4, ranks_per_node=2))
     rank, placement = mesh.rank, Placement.identity(8, 4)
-    dispatcher = open_dispatcher(kind, {LAYER: placement, LAYER + 1: placement}, mesh, num_chunks=2)
+    dispatcher = open_dispatcher(kind, {LAYER: placement, LAYER + 1: placement}, mesh, chunk_tokens=2)
     started, finished = folder / "started", folder / f"finished-{rank}"
     if rank:
         wait_for_file(started)

@@ -104,18 +104,20 @@ class AllToAllDispatcher:
         order_A = sorting(slots_A, slot_map.num_slots)
         counts_RE = torch.bincount(slots_A, minlength=slot_map.num_slots).view(self._peers.size, -1)
         own = fingerprint(layer, self.placements[layer], expert_ids_TK.shape[1])
-        arrival = self._lane.submit(f"plan of layer {layer}", lambda: self._announce(counts_RE, own, layer))
+        counted = self.traffic.plan
+        arrival = self._lane.submit(f"plan of layer {layer}", lambda: self._announce(counts_RE, own, counted))
         return AllToAllPlan(layer, order_A, inverse(order_A), expert_ids_TK.shape[1], arrival)
 
     def start_dispatch(self, x_TD: Tensor, weights_TK: Tensor | None, plan: AllToAllPlan) -> Handle[Sent]:
         """As the protocol says; ValueError for other tokens than the plan's."""
         check_rows("tokens", len(x_TD), plan.num_tokens)
+        counted = self.traffic.dispatch
 
         def send() -> Sent:
             rows_AD = x_TD.index_select(0, plan.order_A // plan.top_k)
             weights_A = None if weights_TK is None else weights_TK.flatten().index_select(0, plan.order_A)
             arrival = plan.arrival.wait()
-            rows_AD, weights_A = self._travel(rows_AD, weights_A, arrival.sent, arrival.received, self.traffic.dispatch)
+            rows_AD, weights_A = self._travel(rows_AD, weights_A, arrival.sent, arrival.received, counted)
             return take(rows_AD, weights_A, arrival.order_A)
 
         return self._lane.submit(f"dispatch of layer {plan.layer}", send)
@@ -123,26 +125,27 @@ class AllToAllDispatcher:
     def start_combine(self, rows_AD: Tensor, weights_A: Tensor | None, plan: AllToAllPlan) -> Handle[Sent]:
         """As the protocol says; ValueError for other rows than the plan's."""
         check_rows("rows", len(rows_AD), sum(plan.counts))
+        counted = self.traffic.combine
 
         def send() -> Sent:
             arrival = plan.arrival.wait()
             rows, weights = take(rows_AD, weights_A, arrival.inverse_A)
-            rows, weights = self._travel(rows, weights, arrival.received, arrival.sent, self.traffic.combine)
+            rows, weights = self._travel(rows, weights, arrival.received, arrival.sent, counted)
             sum_TD = row_sums(rows, plan.inverse_A.view(-1, plan.top_k))
             weights_TK = None if weights is None else weights.index_select(0, plan.inverse_A).view(-1, plan.top_k)
             return sum_TD, weights_TK
 
         return self._lane.submit(f"combine of layer {plan.layer}", send)
 
-    def _announce(self, counts_RE: Tensor, own: int, layer: int) -> Arrival:
+    def _announce(self, counts_RE: Tensor, own: int, counted: LinkBytes) -> Arrival:
         """Tell each rank how many rows its slots get from here."""
         ones = [1] * self._peers.size
         message = torch.cat([counts_RE, counts_RE.new_full((len(counts_RE), 1), own)], 1)
-        received, work = self._peers.exchange(message, ones, ones, self.traffic.plan)
+        received, work = self._peers.exchange(message, ones, ones, counted)
         sent_R = counts_RE.sum(1)
         if work is not None:
             work.wait()
-        check_fingerprints(own, received[:, -1].tolist(), layer)
+        check_fingerprints(own, received[:, -1].tolist())
         received_RE = received[:, :-1]
         sorted_A = _places_by_slot(received_RE)
         counts, from_R = received_RE.sum(0).tolist(), received_RE.sum(1).tolist()

@@ -29,9 +29,12 @@ class RankDispatcher(Dispatcher, Protocol):
 
 
 def open_dispatcher(
-    kind: DispatcherKind, placements: Mapping[int, Placement], mesh: Mesh, num_chunks: int = 1
+    kind: DispatcherKind, placements: Mapping[int, Placement], mesh: Mesh, chunk_tokens: int | None = None
 ) -> RankDispatcher:
     """The dispatcher of that name.
+
+    Args:
+        chunk_tokens: of the hierarchical one.
 
     Raises:
         ValueError: no such kind, or one that this machine or these placements do not allow.
@@ -39,5 +42,5 @@ def open_dispatcher(
     if kind == "alltoall":
         return AllToAllDispatcher(placements, mesh)
     if kind == "hierarchical":
-        return HierarchicalDispatcher(placements, mesh, num_chunks)
+        return HierarchicalDispatcher(placements, mesh, chunk_tokens)
     raise ValueError(f"dispatch is {kind!r}; give one of {', '.join(get_args(DispatcherKind))}")

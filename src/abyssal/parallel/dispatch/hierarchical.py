@@ -14,9 +14,8 @@ gradients are never added and come back as they are.
 
 What travels in dispatch are the bytes that it is given: FP8 where the recipe quantises tokens.
 
-Tokens are cut into chunks, and one crosses while the one before is handed on.  The number of chunks, not their size,
-is the setting: ranks with different numbers of tokens then agree without asking.  It changes no bits
-(``dispatch/tune.py`` measures which is fastest).
+Tokens are cut into chunks, and one crosses while the one before is handed on.  The size of a chunk changes no bits; it
+is measured with the first tokens that are dispatched (``dispatch/tune.py``) unless it is given.
 
 The trade-off not taken: the sum of a node's partial sums in FP32 on the way, twice the bytes.
 
@@ -38,9 +37,10 @@ from abyssal.parallel.dispatch.checks import check_placements, check_rows, finge
 from abyssal.parallel.dispatch.exchange import Peers
 from abyssal.parallel.dispatch.hops import Hop, open_hop, travel_back, travel_out, with_zero_row
 from abyssal.parallel.dispatch.lane import Lane
-from abyssal.parallel.dispatch.links import Traffic
+from abyssal.parallel.dispatch.links import LinkBytes, Traffic
 from abyssal.parallel.dispatch.order import inverse, sorting
-from abyssal.parallel.dispatch.routes import Held, summands, tokens_held
+from abyssal.parallel.dispatch.routes import Held, chunk_size, summands, tokens_held
+from abyssal.parallel.dispatch.tune import ChunkSize, measure
 from abyssal.parallel.mesh import Mesh
 from abyssal.spec.placement import Placement
 
@@ -69,8 +69,7 @@ class HierarchicalPlan:
     """Where each row goes."""
 
     layer: int
-    shape: tuple[int, int]
-    """T, K."""
+    slots_TK: Tensor
     route: Handle[Route]
 
     @property
@@ -86,93 +85,115 @@ class HierarchicalDispatcher:
 
     Args:
         placements: the placement of each MoE layer's experts, over as many ranks as the expert group has.
-        num_chunks: into how many pieces a rank's tokens are cut.
+        chunk_tokens: how many of a rank's tokens cross at once; None: found by measurement at the first dispatch.
+
+    Attributes:
+        chunk_size: what was measured; None before, or where nothing was.
 
     Raises:
-        ValueError: a placement over another number of ranks, or no chunk.
+        ValueError: a placement over another number of ranks or of too many slots, or chunks of no token.
     """
 
-    def __init__(self, placements: Mapping[int, Placement], mesh: Mesh, num_chunks: int = 1) -> None:
+    def __init__(self, placements: Mapping[int, Placement], mesh: Mesh, chunk_tokens: int | None = None) -> None:
+        if chunk_tokens is not None and chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens is {chunk_tokens}: give 1 or more, or None to have it measured")
         self.traffic = Traffic()
-        self.num_chunks = num_chunks
+        self.chunk_size: ChunkSize | None = None
+        self._mesh = mesh
         self._across, self._inside = Peers(mesh.across, mesh.spec), Peers(mesh.inside, mesh.spec)
-        self._device = mesh.device
-        self._first_turn = mesh.place.expert
-        self.lane = Lane(mesh.device)
+        self._chunk_tokens = chunk_tokens  # read and written by the lane's thread alone, at the same point on all ranks
+        self._untried = chunk_tokens is None and min(self._across.size, self._inside.size) > 1
+        self._lane = Lane(mesh.device)
         self.place(placements)
-
-    @property
-    def num_chunks(self) -> int:
-        """To be set on all ranks at the same point."""
-        return self._num_chunks
-
-    @num_chunks.setter
-    def num_chunks(self, chunks: int) -> None:
-        if chunks < 1:
-            raise ValueError(f"num_chunks is {chunks}: give 1 or more")
-        self._num_chunks = chunks
 
     def place(self, placements: Mapping[int, Placement]) -> None:
         """Plan with ``placements`` from now on.  Plans made before keep theirs."""
-        check_placements(placements, self._across.size * self._inside.size)
+        check_placements(placements, self._across.size * self._inside.size, self._inside.size)
         self.placements = dict(placements)
         self._slot_maps = {
-            layer: SlotMap(placement, self._device, self._first_turn) for layer, placement in placements.items()
+            layer: SlotMap(placement, self._mesh.device, self._mesh.place.expert)
+            for layer, placement in placements.items()
         }
 
     def close(self) -> None:
         """End the dispatcher's thread."""
-        self.lane.close()
+        self._lane.close()
 
     def plan(self, layer: int, expert_ids_TK: Tensor) -> HierarchicalPlan:
-        slots_TK, placement, chunks = self._slot_maps[layer](expert_ids_TK), self.placements[layer], self.num_chunks
+        slots_TK = self._slot_maps[layer](expert_ids_TK)
+        own = fingerprint(layer, self.placements[layer], expert_ids_TK.shape[1])
+        slots_per_rank, counted = self.placements[layer].slots_per_rank, self.traffic.plan
 
         def find() -> Route:
-            return self._find_route(layer, slots_TK, placement, chunks)
+            return self._find_route(slots_TK, slots_per_rank, own, self._chunk_tokens, counted)
 
-        tokens, choices = expert_ids_TK.shape
-        return HierarchicalPlan(layer, (tokens, choices), self.lane.submit(f"plan of layer {layer}", find))
+        return HierarchicalPlan(layer, slots_TK, self._lane.submit(f"plan of layer {layer}", find))
 
     def start_dispatch(self, x_TD: Tensor, weights_TK: Tensor | None, plan: HierarchicalPlan) -> Handle[Sent]:
         """As the protocol says; ValueError for other tokens than the plan's."""
-        check_rows("tokens", len(x_TD), plan.shape[0])
+        check_rows("tokens", len(x_TD), len(plan.slots_TK))
+        if self._untried:
+            self._untried = False
+            self._lane.submit("measurement of chunk sizes", lambda: self._measure(x_TD, plan))
+
+        counted = self.traffic.dispatch
 
         def send() -> Sent:
-            route = plan.route.wait()
-            weights_E = None if weights_TK is None else weights_TK.flatten()
-            copies, weights_E = travel_out(route.across, route.inside, x_TD, weights_E, self.traffic.dispatch)
-            rows_AD = copies.index_select(0, route.copy_A)
-            return rows_AD, None if weights_E is None else weights_E.index_select(0, route.order_A)
+            return _dispatch(plan.route.wait(), x_TD, weights_TK, counted)
 
-        return self.lane.submit(f"dispatch of layer {plan.layer}", send)
+        return self._lane.submit(f"dispatch of layer {plan.layer}", send)
 
     def start_combine(self, rows_AD: Tensor, weights_A: Tensor | None, plan: HierarchicalPlan) -> Handle[Sent]:
         """As the protocol says; ValueError for other rows than the plan's."""
         check_rows("rows", len(rows_AD), sum(plan.counts))
 
+        counted = self.traffic.combine
+
         def send() -> Sent:
-            route = plan.route.wait()
-            weights_E = None if weights_A is None else weights_A.index_select(0, route.inverse_A)
-            parts = with_zero_row(rows_AD) if route.sums_QW.shape[1] > 1 else rows_AD
-            sum_TD, weights_E = travel_back(
-                route.across,
-                route.inside,
-                lambda chunk: row_sums(parts, route.sums_QW[chunk]),
-                rows_AD,
-                weights_E,
-                self.traffic.combine,
-            )
-            return sum_TD, None if weights_E is None else weights_E.view(plan.shape)
+            sum_TD, back = _combine(plan.route.wait(), rows_AD, weights_A, counted)
+            return sum_TD, None if back is None else back.view_as(plan.slots_TK)
 
-        return self.lane.submit(f"combine of layer {plan.layer}", send)
+        return self._lane.submit(f"combine of layer {plan.layer}", send)
 
-    def _find_route(self, layer: int, slots_TK: Tensor, placement: Placement, chunks: int) -> Route:
-        nodes, ranks, slots = self._across.size, self._inside.size, placement.slots_per_rank
-        own = fingerprint(layer, placement, slots_TK.shape[1], chunks)
-        held, counted = tokens_held(slots_TK, chunks), self.traffic.plan
-        across, held = open_hop(self._across, held, ranks * slots, 1, chunks, own, layer, counted)
-        inside, held = open_hop(self._inside, held, slots, nodes, chunks, own, layer, counted)
+    def _find_route(
+        self, slots_TK: Tensor, slots: int, own: int, chunk_tokens: int | None, counted: LinkBytes
+    ) -> Route:
+        nodes, ranks, tokens = self._across.size, self._inside.size, len(slots_TK)
+        chunks = max(-(-tokens // chunk_size(tokens, chunk_tokens)), 1)
+        held = tokens_held(slots_TK, chunk_tokens)
+        across, held = open_hop(self._across, held, ranks * slots, 1, chunks, own, counted)
+        inside, held = open_hop(self._inside, held, slots, nodes, across.num_chunks, own, counted)
         return _at_experts(across, inside, held, slots)
+
+    def _measure(self, x_TD: Tensor, plan: HierarchicalPlan) -> None:
+        """Find the size of chunks for the plans to come, with these tokens; on the lane's thread."""
+        slots_per_rank, uncounted = len(plan.counts), LinkBytes()
+
+        def trial(chunk_tokens: int) -> None:
+            route = self._find_route(plan.slots_TK, slots_per_rank, plan.layer, chunk_tokens, uncounted)
+            rows_AD, _ = _dispatch(route, x_TD, None, uncounted)
+            _combine(route, rows_AD if rows_AD.is_floating_point() else rows_AD.bfloat16(), None, uncounted)
+
+        self.chunk_size = measure(trial, len(x_TD), self._mesh.experts, self._mesh.device)
+        self._chunk_tokens = self.chunk_size.tokens
+
+
+def _dispatch(route: Route, x_TD: Tensor, weights_TK: Tensor | None, counted: LinkBytes) -> Sent:
+    weights_E = None if weights_TK is None else weights_TK.flatten()
+    copies, weights_E = travel_out(route.across, route.inside, x_TD, weights_E, counted)
+    weights_A = None if weights_E is None else weights_E.index_select(0, route.order_A)
+    return copies.index_select(0, route.copy_A), weights_A
+
+
+def _combine(route: Route, rows_AD: Tensor, weights_A: Tensor | None, counted: LinkBytes) -> Sent:
+    """The weights come back flat."""
+    weights_E = None if weights_A is None else weights_A.index_select(0, route.inverse_A)
+    parts = with_zero_row(rows_AD) if route.sums_QW.shape[1] > 1 else rows_AD
+
+    def sums(copies: slice) -> Tensor:
+        return row_sums(parts, route.sums_QW[copies])
+
+    return travel_back(route.across, route.inside, sums, rows_AD, weights_E, counted)
 
 
 def _at_experts(across: Hop, inside: Hop, held: Held, num_slots: int) -> Route:

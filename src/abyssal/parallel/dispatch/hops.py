@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from abyssal.kernels.row_sums import row_sums
 from abyssal.parallel.dispatch.checks import check_fingerprints
@@ -59,6 +60,10 @@ class Hop:
     order_E: Tensor
     inverse_E: Tensor
 
+    @property
+    def num_chunks(self) -> int:
+        return len(self.sent.chunks)
+
     def weights_out(self, weights_E: Tensor | None, counted: LinkBytes) -> tuple[Tensor | None, Work | None]:
         """Begin to send the weight of each choice."""
         if weights_E is None:
@@ -78,32 +83,31 @@ class Hop:
 
 
 def open_hop(
-    peers: Peers,
-    held: Held,
-    slots_per_peer: int,
-    num_sources: int,
-    num_chunks: int,
-    own: int,
-    layer: int,
-    counted: LinkBytes,
+    peers: Peers, held: Held, slots_per_peer: int, num_sources: int, num_chunks: int, own: int, counted: LinkBytes
 ) -> tuple[Hop, Held]:
     """Tell the peers what they will get, and learn what arrives from them.
 
+    Ranks may have cut their tokens into different numbers of chunks; the hop has as many as the one with most.
+
     Args:
+        num_chunks: of what is held here.
         own: this rank's fingerprint of the plan.
     """
     departure = depart(held, peers.size, slots_per_peer, num_sources, num_chunks)
-    sizes_RSC, ones = departure.sizes_RSC, [1] * peers.size
-    message = torch.cat([sizes_RSC.flatten(1), sizes_RSC.new_full((peers.size, 1), own)], 1)
+    sizes_RS2, ones = departure.sizes_RS2, [1] * peers.size
+    message = torch.cat([sizes_RS2.flatten(1), sizes_RS2.new_tensor([[num_chunks, own]]).expand(peers.size, 2)], 1)
     answers = finished(*peers.exchange(message, ones, ones, counted))
-    check_fingerprints(own, answers[:, -1].tolist(), layer)
-    arriving_RSC = answers[:, :-1].view_as(sizes_RSC)
-    choices = sizes_RSC[..., -1].sum(1).tolist(), arriving_RSC[..., -1].sum(1).tolist()
+    check_fingerprints(own, answers[:, -1].tolist())
+    most_chunks, arriving_RS2 = int(answers[:, -2].max()), answers[:, :-2].view_as(sizes_RS2)
+    choices = sizes_RS2[..., 1].sum(1).tolist(), arriving_RS2[..., 1].sum(1).tolist()
     codes_E = finished(*peers.exchange(departure.codes_E, *choices, counted))
-    sent, received = (Rows.of(sizes[..., :-1].sum(1)) for sizes in (sizes_RSC, arriving_RSC))
-    order_E = departure.order_E
-    hop = Hop(peers, sent, received, *choices, departure.gather_Q, departure.sums_PW, order_E, inverse(order_E))
-    return hop, copies_held(codes_E, arriving_RSC)
+    arrived = copies_held(codes_E, arriving_RS2, most_chunks)
+    group_P = arrived.source_P // num_sources * most_chunks + arrived.chunk_P
+    arrived_RC = torch.bincount(group_P, minlength=peers.size * most_chunks).view(peers.size, -1)
+    departing_RC = functional.pad(departure.copies_RC, (0, most_chunks - num_chunks))
+    sums_PW, order_E = departure.sums_PW, departure.order_E
+    sent, received = Rows.of(departing_RC), Rows.of(arrived_RC)
+    return Hop(peers, sent, received, *choices, departure.gather_Q, sums_PW, order_E, inverse(order_E)), arrived
 
 
 def travel_out(
@@ -113,7 +117,7 @@ def travel_out(
     weights, work = across.weights_out(weights_E, counted)
     first = _Out(across, x_TD, counted)
     second = _Out(inside, first.target, counted)
-    works = _chain(first, second, len(across.sent.chunks))
+    works = _chain(first, second)
     weights, work = inside.weights_out(finished(weights, work), counted)
     for each in (*works, work):
         wait_for(each)
@@ -137,7 +141,7 @@ def travel_back(
     weights, work = inside.weights_back(weights_E, counted)
     first = _Back(inside, rows, like_AD, counted)
     second = _Back(across, lambda chunk: row_sums(first.target, inside.sums_PW[chunk]), like_AD, counted)
-    works = _chain(first, second, len(across.sent.chunks))
+    works = _chain(first, second)
     weights = inside.weights_returned(finished(weights, work))
     weights, work = across.weights_back(weights, counted)
     for each in (*works, work):
@@ -150,6 +154,7 @@ class _Out:
 
     def __init__(self, hop: Hop, source: Tensor, counted: LinkBytes) -> None:
         self._hop, self._source, self._counted = hop, source, counted
+        self.num_chunks = hop.num_chunks
         self._stays = hop.peers.size == 1
         self.target = source if self._stays else source.new_empty(len(hop.received), source.shape[1])
 
@@ -169,6 +174,7 @@ class _Back:
 
     def __init__(self, hop: Hop, prepare: Callable[[slice], Tensor], like_AD: Tensor, counted: LinkBytes) -> None:
         self._hop, self._prepare, self._counted = hop, prepare, counted
+        self.num_chunks = hop.num_chunks
         self.target = like_AD.new_empty(len(hop.sent) + 1, like_AD.shape[1])
         self.target[-1] = 0
 
@@ -182,17 +188,16 @@ class _Back:
         return hop.peers.exchange(rows, hop.received.by_peer[chunk], hop.sent.by_peer[chunk], self._counted, out)[1]
 
 
-def _chain(first: _Out | _Back, second: _Out | _Back, num_chunks: int) -> Sequence[Work | None]:
+def _chain(first: _Out | _Back, second: _Out | _Back) -> Sequence[Work | None]:
     """Every chunk through the first hop and on to the second; the works of the second."""
     works = []
     crossing = first.start(0, first.prepare(0))
-    for chunk in range(num_chunks):
-        more = chunk + 1 < num_chunks
-        ready = first.prepare(chunk + 1) if more else None
+    for chunk in range(max(first.num_chunks, second.num_chunks)):
+        ready = first.prepare(chunk + 1) if chunk + 1 < first.num_chunks else None
         wait_for(crossing)
-        if ready is not None:
-            crossing = first.start(chunk + 1, ready)
-        works.append(second.start(chunk, second.prepare(chunk)))
+        crossing = None if ready is None else first.start(chunk + 1, ready)
+        if chunk < second.num_chunks:
+            works.append(second.start(chunk, second.prepare(chunk)))
     return works
 
 

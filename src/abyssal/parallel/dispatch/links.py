@@ -47,5 +47,5 @@ class Traffic:
     """Rows and weights back: in the forward expert outputs, in the backward gradients of what dispatch brought."""
 
     def reset(self) -> None:
-        """Begin to count anew."""
+        """Begin to count anew; what was started before is no longer counted here."""
         self.plan, self.dispatch, self.combine = LinkBytes(), LinkBytes(), LinkBytes()

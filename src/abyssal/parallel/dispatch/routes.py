@@ -6,7 +6,8 @@ hops are the same function twice, and the way back is each hop's sums in reverse
 nothing loops over tokens.
 
 Copies are numbered by where they come from and then by token.  In the buffers of rows they lie chunk by chunk, so that
-a chunk is one contiguous message: by chunk, peer, source, token.  Choices are not cut into chunks; they are small.
+a chunk is one contiguous message: by chunk, peer, source, token.  Choices are not cut into chunks; they are small.  A
+choice travels as one int32: its slot, its token's chunk, and whether a new copy begins with it.
 
 Legend: E choices (token and slot), P copies held, Q copies sent, S sources (ranks that the copies come from), R peers,
 C chunks, K chosen experts, W summands.
@@ -20,6 +21,11 @@ import torch
 from torch import Tensor
 
 from abyssal.parallel.dispatch.order import inverse, runs, sorting
+
+_CHUNK_BIT = 20
+MOST_CHUNKS = 2**11 - 1
+MOST_SLOTS = 2**19
+"""On one node: what is left in an int32."""
 
 
 @dataclass(frozen=True)
@@ -43,34 +49,41 @@ class Departure:
     order_E: Tensor
     """Choices in the order in which they are sent: by peer, source, token, choice."""
     codes_E: Tensor
-    """int32 that travel: twice the slot counted on the peer's side, plus 1 where a new copy begins."""
-    sizes_RSC: Tensor
-    """For each peer and source the copies of each chunk and, as one element more, the choices."""
+    """As they travel."""
+    sizes_RS2: Tensor
+    """For each peer and source the copies and the choices."""
+    copies_RC: Tensor
+    """For each peer the copies of each chunk."""
     gather_Q: Tensor
     """Row of the buffer of each copy sent, by chunk, peer, source, token."""
     sums_PW: Tensor
     """For each row of the buffer its copies, of what comes back in the order of ``gather_Q``; see :func:`summands`."""
 
 
-def tokens_held(slots_TK: Tensor, num_chunks: int) -> Held:
-    """A rank's own tokens, cut into chunks of equal size."""
+def tokens_held(slots_TK: Tensor, chunk_tokens: int | None) -> Held:
+    """A rank's own tokens, cut into chunks."""
     tokens, choices = slots_TK.shape
     token_T = torch.arange(tokens, device=slots_TK.device)
-    chunk_T = token_T // max(-(-tokens // num_chunks), 1)
+    chunk_T = token_T // chunk_size(tokens, chunk_tokens)
     return Held(
         slots_TK.flatten(), token_T.repeat_interleave(choices), torch.zeros_like(token_T), chunk_T, place_P=token_T
     )
 
 
-def copies_held(codes_E: Tensor, sizes_RSC: Tensor) -> Held:
+def chunk_size(tokens: int, chunk_tokens: int | None) -> int:
+    """Tokens of a chunk: all of them if None is given, and so many at least that the chunks can be numbered."""
+    return max(tokens if chunk_tokens is None else chunk_tokens, -(-tokens // MOST_CHUNKS), 1)
+
+
+def copies_held(codes_E: Tensor, sizes_RS2: Tensor, num_chunks: int) -> Held:
     """What arrived from the peers."""
-    sizes_SC = sizes_RSC.flatten(0, 1)
-    copies_SC, device = sizes_SC[:, :-1], codes_E.device
-    sources, chunks = copies_SC.shape
-    chunk_P = runs(torch.arange(chunks, device=device).repeat(sources), copies_SC.flatten())
-    source_P = runs(torch.arange(sources, device=device), copies_SC.sum(1))
+    copies_S = sizes_RS2[..., 0].flatten()
+    source_P = runs(torch.arange(len(copies_S), device=codes_E.device), copies_S)
     codes_E = codes_E.long()
-    return Held(codes_E >> 1, (codes_E & 1).cumsum(0) - 1, source_P, chunk_P, inverse(sorting(chunk_P, chunks)))
+    first_E = codes_E & 1
+    chunk_P = codes_E[first_E.bool()] >> _CHUNK_BIT
+    slot_E = (codes_E & (1 << _CHUNK_BIT) - 1) >> 1
+    return Held(slot_E, first_E.cumsum(0) - 1, source_P, chunk_P, inverse(sorting(chunk_P, num_chunks)))
 
 
 def depart(held: Held, num_peers: int, slots_per_peer: int, num_sources: int, num_chunks: int) -> Departure:
@@ -83,16 +96,22 @@ def depart(held: Held, num_peers: int, slots_per_peer: int, num_sources: int, nu
     peer_Q, copy_Q = peer_E[first_E], copy_E[first_E]
     chunk_Q = held.chunk_P.index_select(0, copy_Q)
 
-    group_Q = peer_Q * num_sources + held.source_P.index_select(0, copy_Q)
-    group_E = peer_E * num_sources + held.source_P.index_select(0, copy_E)
-    copies = torch.bincount(group_Q * num_chunks + chunk_Q, minlength=num_peers * num_sources * num_chunks)
-    choices = torch.bincount(group_E, minlength=num_peers * num_sources)
-    sizes_RSC = torch.cat(
-        [copies.view(num_peers, num_sources, num_chunks), choices.view(num_peers, num_sources, 1)], -1
-    )
-    codes_E = (held.slot_E.index_select(0, order_E) % slots_per_peer) * 2 + first_E
+    sizes_RS2 = torch.stack(
+        [
+            torch.bincount(
+                peers * num_sources + held.source_P.index_select(0, copies), minlength=num_peers * num_sources
+            )
+            for peers, copies in ((peer_Q, copy_Q), (peer_E, copy_E))
+        ],
+        1,
+    ).view(num_peers, num_sources, 2)
+    copies_RC = torch.bincount(peer_Q * num_chunks + chunk_Q, minlength=num_peers * num_chunks).view(num_peers, -1)
+    slot_E = held.slot_E.index_select(0, order_E) % slots_per_peer
+    chunk_E = held.chunk_P.index_select(0, copy_E)
+    codes_E = (chunk_E << _CHUNK_BIT) + slot_E * 2 + first_E
     gather_Q = held.place_P.index_select(0, copy_Q.index_select(0, sorting(chunk_Q, num_chunks)))
-    return Departure(order_E, codes_E.int(), sizes_RSC, gather_Q, summands(gather_Q, len(held.place_P)))
+    sums_PW = summands(gather_Q, len(held.place_P))
+    return Departure(order_E, codes_E.int(), sizes_RS2, copies_RC, gather_Q, sums_PW)
 
 
 def summands(row_I: Tensor, num_rows: int, place_I: Tensor | None = None) -> Tensor:
