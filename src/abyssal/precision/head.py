@@ -89,7 +89,7 @@ def token_losses(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, entry:
     """Without gradients: each token's negative log-likelihood (T,) in FP32 at least, and its most likely id (T,)."""
     dtype = operand_dtype(hidden_TD, entry)
     losses, best = [], []
-    for start in range(0, len(hidden_TD), CHUNK_ROWS):
+    for start in range(0, max(1, len(hidden_TD)), CHUNK_ROWS):  # no rows are a chunk of none
         rows = slice(start, start + CHUNK_ROWS)
         logits = matmul(hidden_TD[rows].to(dtype), weight_VD.to(dtype).t())
         losses.append(_losses_and_probabilities(logits, targets_T[rows])[0])

@@ -194,7 +194,7 @@ def _measure(
         learned_T = slice(None) if aim.learned_T is None else aim.learned_T
         sums.nats[depth] += float(losses_T.cpu()[learned_T].sum(dtype=torch.float64))
         sums.tokens[depth] += aim.num_learned
-        best_BS.append(best_T.cpu().view(num_rows, -1))
+        best_BS.append(best_T.cpu().view(num_rows, length))
     main = aims[0].tokens_T if aims[0].learned_T is None else aims[0].tokens_T[aims[0].learned_T]
     sums.bytes += int(bytes_V[main].sum())
     shape = num_rows, length
