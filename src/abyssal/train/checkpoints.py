@@ -23,6 +23,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +36,10 @@ from abyssal.checkpoint.sharded import bytes_needed, load_sharded, read_fields, 
 from abyssal.checkpoint.shards import Shard, Sharded
 from abyssal.checkpoint.sidecar import json_copy
 from abyssal.checkpoint.whole_folder import clean_up, remove
+
+LONGEST_WRITE = timedelta(hours=2)
+"""That the rank which is done first waits for the others.  One that has died is noticed at once, as its connections
+close; what this is for is a rank that hangs where nobody watches."""
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -83,8 +88,8 @@ class Checkpoints:
         folder: where they lie; made if absent.
         keep: the newest so many are kept.
         asynchronous: write in the background; False writes before ``save`` returns, without a copy.
-        group: over gloo, used by nobody else while this is open.  The rank that is done first waits in it for the one
-            that writes longest, so its timeout must be longer than a checkpoint takes to write.
+        group: all ranks, which open and close this together.  What they say to each other while they write goes through
+            a group of its own, so that training may use this one meanwhile.
 
     Raises:
         ValueError: ``keep`` below 1, or another process is training in ``folder``.
@@ -104,15 +109,15 @@ class Checkpoints:
         self._staging = Staging() if asynchronous else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self._group, self._ranks = group, Ranks(group)
         self._lock: int | None = None
-        self._ranks.together(self._take_folder)
+        Ranks(group).first(self._take_folder)
+        self._group = None if group is None else _like(group)
+        self._ranks = Ranks(self._group)
 
     def _take_folder(self) -> None:
-        if self._ranks.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.folder)
-            clean_up(self.folder, _NAME)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder)
+        clean_up(self.folder, _NAME)
 
     def save(self, step: int, tensors: Mapping[str, Tensor | Sharded], fields: dict[str, Any]) -> None:
         """Save the state at ``step``.  The tensors and fields may change as soon as this returns.
@@ -167,6 +172,9 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
+            if self._group is not None:
+                distributed.destroy_process_group(self._group)
+                self._group = None
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
@@ -244,6 +252,13 @@ class Staging:
 def _parts(tensor: Tensor | Sharded) -> list[tuple[tuple[int, ...], Tensor]]:
     """What there is to be copied, each with what tells it from the others of its name."""
     return [(shard.offsets, shard.tensor) for shard in tensor.shards] if isinstance(tensor, Sharded) else [((), tensor)]
+
+
+def _like(group: distributed.ProcessGroup) -> distributed.ProcessGroup:
+    """Another group of the same ranks, over gloo."""
+    made = distributed.new_group(distributed.get_process_group_ranks(group), timeout=LONGEST_WRITE, backend="gloo")
+    assert isinstance(made, distributed.ProcessGroup)
+    return made
 
 
 def _is_whole(checkpoint: SavedCheckpoint) -> bool:
