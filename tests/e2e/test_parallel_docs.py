@@ -1,0 +1,106 @@
+"""docs/parallel.md: its tables are what its own programs and saved data give, its commands are ones that torchrun and
+``abyssal`` take, and its messages are ones that the code has."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from abyssal.cli import train
+from abyssal.cli.arguments import parse
+from abyssal.spec.presets import preset
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def program() -> dict[str, Any]:
+    """What the page's Python defines."""
+    names: dict[str, Any] = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL):
+        exec(compile(block, "docs/parallel.md", "exec"), names)
+    return names
+
+
+def table(mark: str) -> list[list[str]]:
+    """Cells of the rows of the table after a comment that begins with ``mark``."""
+    found = re.search(rf"<!-- {mark}:.*?-->\n\n(?:\|.*\n){{2}}((?:\|.*\n)+)", PAGE)
+    assert found is not None, mark
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[1].splitlines()]
+
+
+def test_memory(program):
+    rows = table("memory")
+    assert len(rows) > 5
+    for model, mesh, state, *shown in rows:
+        parts = program["memory"](model, mesh, int(state))
+        assert shown == [f"{part:.1f}" for part in (*parts, sum(parts))], (model, mesh)
+
+
+def test_bytes_on_the_wire(program):
+    rows = table("wire")
+    assert len(rows) >= 4
+    for model, dispatch, nodes, ranks, *shown in rows:
+        found = program["forward_bytes"](model, dispatch, int(nodes), int(ranks))
+        assert shown == [f"{number:,}" for number in found], (model, dispatch, nodes)
+
+
+def test_the_gain_of_placements():
+    data = json.loads((ROOT / "docs" / "results" / "placement.json").read_text())
+    assert data["commit"].startswith(re.findall(r"benchmarks/placement\.py` at `(\w+)`", PAGE)[0])
+    for cluster, *shown in table("placement"):
+        ways = {row["way"]: row for row in data["rows"] if (row["cluster"], row["loads"]) == (cluster, "lognormal")}
+        greedy, ours = ways["greedy"], ways["abyssal"]
+        found = [
+            f"{greedy['balance']:.3f}",
+            f"{ours['balance']:.3f}",
+            f"{greedy['wasted']:.1f}",
+            f"{ours['wasted']:.1f}",
+        ]
+        found += [f"{ways[way]['moves']:.0f}" for way in ("greedy anew", "abyssal, from what is in force")]
+        assert shown == found, cluster
+
+
+def shell_commands() -> list[list[str]]:
+    blocks = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    return [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+@pytest.mark.parametrize("words", shell_commands(), ids=" ".join)
+def test_commands_are_taken(words):
+    from torch.distributed.run import get_args_parser
+
+    ranks = local = 1
+    if words[0] == "torchrun":
+        split = words.index("-m")
+        launcher = get_args_parser().parse_args([*words[1:split], "program"])
+        local = int(launcher.nproc_per_node)
+        ranks = local * int(launcher.nnodes.split(":")[0])
+        words = words[split + 1 :]
+    assert words[:2] == ["abyssal", "train"]
+    options = parse(train.Options, words[2:], "train")
+    mesh = options.train.parallel.mesh_spec(ranks, local)
+    moe = preset(options.model).moe
+    assert moe is not None and moe.num_experts % mesh.ep == 0
+    assert options.train.batch_size % (mesh.dp * (options.train.micro_batch_size or 1)) == 0
+
+
+def test_messages_are_the_code_s_own():
+    """Each message of the table, cut at its numbers and names, is found in the sources."""
+    sources = " ".join(path.read_text() for path in (ROOT / "src" / "abyssal").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", sources)
+    rows = re.search(r"## Messages, and what to do\n\n(?:\|.*\n){2}((?:\|.*\n)+)", PAGE)
+    assert rows is not None
+    for line in rows[1].splitlines():
+        message = line.split("|")[1].strip().strip("`")
+        pieces = re.split(r"\.\.\.|\d[\d\w=,:.-]*|\(.*?\)|\{.*?\}|node-\S+|dp=\S+|option\.seed", message)
+        for piece in pieces:
+            words = piece.strip(" ,:;()")
+            if len(words.split()) > 1:
+                assert words in joined, f"{message}: {words!r}"
