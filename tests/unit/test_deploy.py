@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def test_slurm_ends_the_ranks_and_queues_again_when_the_time_is_up(slurm, tmp_pa
     job = slurm("--out", "x", SLEEP="60", SLURM_RESTART_COUNT="9")
     while not (tmp_path / "began").exists():
         time.sleep(0.02)
-    job.send_signal(10)  # what --signal=B:USR1 has Slurm do
+    job.send_signal(signal.SIGUSR1)  # what --signal=B:USR1 has Slurm do
     output, _ = job.communicate(timeout=20)
     assert job.returncode == 0 and "time is up" in output and "requeued 7" in output, output
 
@@ -276,3 +277,50 @@ def test_slurm_trains_on_two_nodes(slurm, tmp_path):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["event"] == "step" for line in lines) == 3
     assert (out / "model" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="ranks are found in Linux's /proc")
+def test_slurm_s_ranks_that_are_killed_go_on_from_their_checkpoint(slurm, tmp_path):
+    """Both torchruns meet again and start their ranks again; the run ends as if nothing had happened."""
+    out = tmp_path / "run"
+    job = slurm(
+        *("--out", str(out), "--model", "tiny", "--steps", "60", "--save-every", "5", "--batch-size", "2"),
+        *("--seq-len", "32", "--vocab-size", "300", "--mesh", "dp=2,ep=2"),
+        *("--data", str(ROOT / "docs" / "paper.md"), str(ROOT / "README.md")),
+        real=True,
+        SLURM_JOB_ID=str(os.getpid() + 1),
+        RANKS_PER_NODE="1",
+        RESTARTS="1",
+        REQUEUES="0",
+    )
+    while not list((out / "checkpoints").glob("step-*")) and job.poll() is None:
+        time.sleep(0.05)
+    os.kill(pid_of_rank(job.pid, 1), signal.SIGKILL)
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, output
+    assert "rank 1 of 2" in output and "is gone" in output
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 61))
+    assert any(line["event"] == "resume" for line in lines)
+
+
+def pid_of_rank(ancestor: int, rank: int) -> int:
+    """The process of ``rank`` among those that ``ancestor`` started, directly or not."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (process / "environ").read_bytes().split(b"\0")
+            if f"RANK={rank}".encode() in variables and ancestor in ancestors(process):
+                return int(process.name)
+        except OSError:  # it has ended meanwhile, or is not ours to read
+            continue
+    raise AssertionError(f"no rank {rank}")
+
+
+def ancestors(process: Path) -> set[int]:
+    found: set[int] = set()
+    while process.name != "0":
+        parent = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        found.add(parent)
+        process = process.parent / str(parent)
+    return found
