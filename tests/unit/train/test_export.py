@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from abyssal.checkpoint.hf import load_model
+from abyssal.checkpoint.hf import load_model, save_model
+from abyssal.checkpoint.layout import FORMATS, Format
 from abyssal.checkpoint.names import checkpoint_table
+from abyssal.checkpoint.rectangles import Rectangle
+from abyssal.checkpoint.sharded_reader import ShardedReader
+from abyssal.checkpoint.shards import Shard, Sharded
 from abyssal.cli.main import main
 from abyssal.data.shards import PreparedData
+from abyssal.model.lora import LoraConfig
 from abyssal.precision.fp8_linear import quantised_weight
 from abyssal.precision.recipe import Fp8Options, fp8_recipe
 from abyssal.text.tokenizer import Tokenizer
-from abyssal.train.export import export_checkpoint
+from abyssal.train.config import BalanceConfig, CheckpointConfig, TrainConfig
+from abyssal.train.export import export_checkpoint, save_result_from_state
 from abyssal.train.folder import RunFolder
 from abyssal.train.run import run_training
+from abyssal.train.sft import ChatData, save_adapted, sft_run
+from tests.support.checkpoints import contents
 from tests.support.run_data import run_of
+from tests.support.sharded_parts import save_parts
+from tests.support.trained_model import TrainedModel
 from tests.unit.train.test_run import SAVING, Interrupt
+from tests.unit.train.test_sft import chats
 from tests.unit.train.test_step import SPEC
 
 
@@ -84,6 +98,89 @@ def test_a_run_in_fp8_is_saved_and_exported_as_its_products_read_it(
             assert torch.equal(found[piece.parameter], values), piece.parameter
         written = json.loads((model / "config.json").read_text())["quantization_config"]
         assert len(pieces) > 10 and (written.get("scale_fmt") == "ue8m0") == (scales == "ue8m0")
+
+
+# ---- the bytes ----
+
+
+def cut_up(checkpoint: Path, num_ranks: int = 3) -> None:
+    """Put in a checkpoint's place what so many ranks would have saved: rows anywhere, experts cut within."""
+    with ShardedReader(checkpoint) as reader:
+        reader.check_files()
+        fields = reader.fields
+        parts: list[dict[str, Tensor | Sharded]] = [{} for _ in range(num_ranks)]
+        for number, (name, record) in enumerate(reader.tensors.items()):
+            whole = reader.read(name, Rectangle.whole(record.shape))
+            axis = min(number % 2, len(record.shape) - 1)
+            begin = 0
+            for rank, piece in enumerate(whole.tensor_split(num_ranks, axis)):
+                offsets = tuple(begin if one == axis else 0 for one in range(len(record.shape)))
+                parts[rank][name] = Sharded(record.shape, whole.dtype, (Shard(offsets, piece),))
+                begin += piece.shape[axis]
+    save_parts(checkpoint, parts, fields)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_the_bytes_are_those_of_a_save_of_the_model(form: Format, num_ranks: int, run: Path, tmp_path: Path) -> None:
+    for name in ("run.json", "tokenizer", "checkpoints"):
+        source = run / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        (tmp_path / "run").mkdir(exist_ok=True)
+        copy(source, tmp_path / "run" / name)
+    if num_ranks > 1:
+        cut_up(tmp_path / "run" / "checkpoints" / "step-00000006", num_ranks)
+    tokenizer = Tokenizer.from_folder(run / "tokenizer")
+    for average, trained in ((False, "model"), (True, "model-average")):
+        saved, exported = tmp_path / f"saved-{trained}", tmp_path / trained
+        save_model(load_model(run / trained), saved, form, tokenizer, max_shard_bytes=40_000)
+        export_checkpoint(tmp_path / "run", exported, form, average=average, max_shard_bytes=40_000)
+        assert contents(exported) == contents(saved) and len(list(saved.glob("*.safetensors"))) > 3
+
+
+def test_adapters_are_merged_and_saved_as_a_run_does(trained_model: TrainedModel, tmp_path: Path) -> None:
+    config = TrainConfig(
+        seq_len=64,
+        batch_size=2,
+        steps=2,
+        balance=BalanceConfig(bias_speed=0.0),
+        checkpoint=CheckpointConfig(save_every=2),
+    )
+    lora = LoraConfig(rank=2, targets=("attention", "experts", "ffn"))
+    data = ChatData((chats(tmp_path, "a", "b", "c"),))
+    folder = RunFolder(tmp_path / "run")
+    run = sft_run(trained_model.folder, data, config, lora=lora)
+    run_training(folder, run, save=save_adapted(folder, trained_model.folder, run.data))
+    names = ("model", "adapter", "base")
+    written = {name: contents(folder.path / name) for name in names}
+    adapters = load_file(folder.path / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.any() for name, tensor in adapters.items() if ".self_attn." in name), "they have moved"
+    state: dict[str, Tensor | Sharded] = {}
+    with ShardedReader(folder.checkpoints / "step-00000002") as reader:
+        reader.check_files()
+        for name, record in reader.tensors.items():
+            state[name] = reader.read(name, Rectangle.whole(record.shape))
+    for has_checkpoint in (True, False):
+        for name in names:
+            shutil.rmtree(folder.path / name)
+        save_result_from_state(folder, 2, {} if has_checkpoint else state, run.config.model_format)
+        assert {name: contents(folder.path / name) for name in names} == written
+        assert not list(folder.path.glob(".*"))
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+
+
+def test_a_checkpoint_of_another_model_is_not_exported(run: Path, tmp_path: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    shutil.copytree(run, tmp_path / "run")
+    record["model"]["num_layers"] = 3
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"are not those of the run's model: model/layers\.2\..* is missing"):
+        export_checkpoint(tmp_path / "run", tmp_path / "m", "fp32")
+    file = tmp_path / "run" / "checkpoints" / "step-00000006" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"__0_0\.distcp: has"):
+        export_checkpoint(tmp_path / "run", tmp_path / "m", "fp32")
+    assert not list(tmp_path.glob("*m*"))
 
 
 def test_what_is_no_run_or_no_checkpoint_is_named(
