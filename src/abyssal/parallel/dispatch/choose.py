@@ -7,6 +7,7 @@ from typing import Literal, Protocol, get_args
 
 from abyssal.model.dispatch import Dispatcher
 from abyssal.parallel.dispatch.alltoall import AllToAllDispatcher
+from abyssal.parallel.dispatch.deepep import DeepEPDispatcher, load_deep_ep
 from abyssal.parallel.dispatch.hierarchical import HierarchicalDispatcher
 from abyssal.parallel.dispatch.links import Traffic
 from abyssal.parallel.mesh import Mesh
@@ -43,4 +44,6 @@ def open_dispatcher(
         return AllToAllDispatcher(placements, mesh)
     if kind == "hierarchical":
         return HierarchicalDispatcher(placements, mesh, chunk_tokens)
+    if kind == "deepep":
+        return DeepEPDispatcher(placements, mesh, load_deep_ep(mesh.device))
     raise ValueError(f"dispatch is {kind!r}; give one of {', '.join(get_args(DispatcherKind))}")
