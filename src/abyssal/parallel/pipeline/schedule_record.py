@@ -17,6 +17,8 @@ from typing import Literal
 
 Kind = Literal["F", "B", "I", "W"]
 """Forward; whole backward; its part that gives the gradient of the input; its part that gives those of the weights."""
+Part = Literal["F", "I", "W"]
+"""What can be done of a stage for a micro-batch: ``B`` does ``I`` and ``W`` at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ class Schedule:
                 for work in action.works:
                     yield rank, work
 
-    def needs(self, work: Work) -> list[tuple[Literal["F", "I", "W"], int]]:
+    def needs(self, work: Work) -> list[tuple[Part, int]]:
         """What must be done for the work's micro-batch before it: what, and at which stage.
 
         ``("F", s)`` is the forward of stage ``s``; ``("I", s)`` the gradient of its input, by ``B`` or by ``I``.
@@ -101,5 +103,5 @@ class Schedule:
             return [("F", stage - 1)] if stage else []
         if work.kind == "W":
             return [("I", stage)]
-        after: list[tuple[Literal["F", "I", "W"], int]] = [("I", stage + 1)] if stage < self.num_stages - 1 else []
+        after: list[tuple[Part, int]] = [("I", stage + 1)] if stage < self.num_stages - 1 else []
         return [("F", stage), *after]
