@@ -23,7 +23,7 @@ from tests.parallel.dispatch_deep_ep import ELASTIC, LEGACY
 
 LIBRARIES = {"elastic": ELASTIC, "legacy": LEGACY}
 BOUND = 3.1 * 2.0**-8
-"""Of a sum of BF16, over the sum of its summands' sizes: roundings by 2^-8 at the experts' rank, at home and locally."""
+"""Of a sum of BF16, over the sum of its summands' sizes: rounded at the experts' rank, at home and locally."""
 
 
 def placement(ep: int) -> Placement:
