@@ -14,9 +14,11 @@ from __future__ import annotations
 import math
 import os
 import zlib
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -35,6 +37,7 @@ _METADATA_NAME = ".metadata"
 _READ_BYTES = 2 << 20  # what a cache holds, so that summing it up costs no second trip to memory
 _LONGEST_CALL = 1 << 30  # Linux transfers at most 2 GiB - 4 KiB a call
 _OPEN_FILES = 64
+_KNOWN_TENSORS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,22 @@ class _Chunk:
     file: str
     offset: int
     length: int
+
+
+class _Chunks:
+    """The saved rectangles of one tensor, by where they begin on the first axis: of thousands, few are asked for."""
+
+    def __init__(self, chunks: list[_Chunk]) -> None:
+        self._chunks = sorted(chunks, key=lambda chunk: chunk.rectangle.offsets)
+        self._begins = [chunk.rectangle.offsets[:1] for chunk in self._chunks]
+        self._longest = max((chunk.rectangle.sizes[:1] for chunk in self._chunks), default=())
+
+    def near(self, wanted: Rectangle) -> list[_Chunk]:
+        """All that may overlap with ``wanted``."""
+        if not wanted.sizes:
+            return self._chunks
+        first = bisect_right(self._begins, (wanted.offsets[0] - self._longest[0],)) if self._longest else 0
+        return self._chunks[first : bisect_left(self._begins, (wanted.ends[0],))]
 
 
 class ShardedReader:
@@ -67,6 +86,7 @@ class ShardedReader:
         self.fields, self.tensors, self._files = sidecar.fields, sidecar.tensors, sidecar.files
         self._table: Metadata | None = None
         self._open: OrderedDict[str, int] = OrderedDict()
+        self._chunks = lru_cache(_KNOWN_TENSORS)(self._find_chunks)
         self._place = os.open(folder, os.O_RDONLY)  # this folder and none that takes its name meanwhile
 
     def check_files(self, ranks: Ranks | None = None) -> None:
@@ -141,7 +161,8 @@ class ShardedReader:
         Raises:
             ValueError: the saved rectangles do not hold it, or the files hold something else than the table says.
         """
-        parts = [(chunk, part) for chunk in self._chunks(name) if (part := overlap(chunk.rectangle, wanted))]
+        near = self._chunks(name).near(wanted)
+        parts = [(chunk, part) for chunk in near if (part := overlap(chunk.rectangle, wanted))]
         fault = first_fault(wanted, [part for _, part in parts])
         if fault is not None:
             times = f"is there {len(fault.owners)} times" if fault.owners else "is not there"
@@ -149,16 +170,20 @@ class ShardedReader:
         for chunk, part in parts:
             self._read_part(name, chunk, part, target.detach()[part.within(wanted)])
 
-    def _chunks(self, name: str) -> Iterator[_Chunk]:
+    def _find_chunks(self, name: str) -> _Chunks:
         assert self._table is not None, "check_files comes first"
         entry = self._table.state_dict_metadata[name]
         assert isinstance(entry, TensorStorageMetadata)
+        chunks = []
         for chunk in entry.chunks:
             place = self._table.storage_data.get(MetadataIndex(name, chunk.offsets))
             if place is None:
-                raise ValueError(f"{self.folder}: is damaged: {name} at {list(chunk.offsets)} lies nowhere")
+                raise ValueError(
+                    f"{self.folder}: is damaged: {name} at {list(chunk.offsets)} lies nowhere; use another checkpoint"
+                )
             rectangle = Rectangle(tuple(chunk.offsets), tuple(chunk.sizes))
-            yield _Chunk(rectangle, place.relative_path, place.offset, place.length)
+            chunks.append(_Chunk(rectangle, place.relative_path, place.offset, place.length))
+        return _Chunks(chunks)
 
     # ---- bytes ----
 
