@@ -121,7 +121,8 @@ class SlotMap:
         """(T, K) physical slots; token t takes replica ``first_turn + t`` modulo the number of replicas."""
         if self.is_identity:
             return expert_ids_TK
-        turns_T1 = torch.arange(len(expert_ids_TK), device=expert_ids_TK.device)[:, None] + self._first_turn
+        turns = self._first_turn, self._first_turn + len(expert_ids_TK)
+        turns_T1 = torch.arange(*turns, device=expert_ids_TK.device)[:, None]
         return self._slots_ER[expert_ids_TK, turns_T1 % self._counts_E[expert_ids_TK]]
 
 

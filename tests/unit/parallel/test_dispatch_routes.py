@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from abyssal.kernels.row_sums import row_sums
+from abyssal.model.dispatch import SlotMap
 from abyssal.parallel.dispatch.order import inverse, sorting
 from abyssal.parallel.dispatch.routes import (
     MOST_CHUNKS,
@@ -24,6 +25,7 @@ from abyssal.parallel.dispatch.routes import (
     summands,
     tokens_held,
 )
+from abyssal.spec.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -155,3 +157,9 @@ def test_chunks_can_be_numbered() -> None:
     assert chunk_size(100, None) == 100 and chunk_size(0, None) == 1 and chunk_size(100, 7) == 7
     size = chunk_size(10 * MOST_CHUNKS, 1)
     assert -(-10 * MOST_CHUNKS // size) <= MOST_CHUNKS
+
+
+def test_ranks_with_a_token_each_do_not_all_choose_the_first_replica() -> None:
+    placement, one_token = Placement(2, (0, 1, 0, 0)), torch.zeros(1, 1, dtype=torch.int64)
+    chosen = [int(SlotMap(placement, first_turn=rank)(one_token)) for rank in range(6)]
+    assert chosen == [0, 2, 3, 0, 2, 3]
