@@ -17,7 +17,11 @@ import pytest
 
 from abyssal.cli import train
 from abyssal.cli.arguments import parse
+from abyssal.spec.mesh import MeshSpec
 from abyssal.spec.presets import preset
+from abyssal.train.config import ParallelConfig, TrainConfig
+from abyssal.train.loop import build_model
+from abyssal.train.ranks import expert_share
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "parallel.md").read_text(encoding="utf-8")
@@ -45,6 +49,17 @@ def test_memory(program):
     for model, mesh, state, *shown in rows:
         parts = program["memory"](model, mesh, int(state))
         assert shown == [f"{part:.1f}" for part in (*parts, sum(parts))], (model, mesh)
+
+
+@pytest.mark.parametrize(("mesh", "redundant"), [("dp=4,ep=1", 0), ("dp=4,ep=4", 0), ("dp=4,ep=4", 8)])
+def test_a_rank_s_model_has_the_parameters_of_the_program(program, mesh, redundant):
+    parallel = ParallelConfig(mesh=mesh, redundant_experts=redundant)
+    config = TrainConfig(parallel=parallel)
+    share = expert_share(preset("tiny"), parallel, MeshSpec.parse(mesh), rank=1)
+    held = sum(parameter.numel() for parameter in build_model(preset("tiny"), config, share).parameters())
+    # The gate's correction bias is a parameter in the paper's count, and none that is trained.
+    shown = program["memory"]("tiny", mesh, redundant=redundant)[:2]
+    assert shown == pytest.approx((2 * held / 1e9, 4 * held / 1e9), rel=1e-4)
 
 
 def test_bytes_on_the_wire(program):
