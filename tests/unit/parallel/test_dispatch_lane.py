@@ -42,7 +42,8 @@ def test_a_failure_is_raised_by_wait_each_time_and_ends_what_comes_after(lane) -
     after = lane.submit("combine of layer 1", lambda: pytest.fail("it met another collective of its peers"))
     with pytest.raises(CommunicationError, match=r"^dispatch of layer 1: connection reset$"):
         broken.wait()
-    again = pytest.raises(CommunicationError, broken.wait)
+    with pytest.raises(CommunicationError) as again:
+        broken.wait()
     assert isinstance(again.value.__cause__, OSError)
     with pytest.raises(CommunicationError, match=r"^combine of layer 1: not done, because before it: dispatch of l"):
         after.wait()
