@@ -15,6 +15,7 @@ import torch
 from torch import distributed
 
 from abyssal.parallel.launch import Launch
+from abyssal.parallel.launch_meeting import OwnProblem
 from abyssal.parallel.launch_ranks import JoinedRanks, open_ranks
 from abyssal.spec.mesh import MeshSpec
 
@@ -41,18 +42,25 @@ def misbehave(mischief: str, ranks: JoinedRanks) -> None:
             time.sleep(4)
 
 
-def main(timeout: float, steps: int, mischiefs: list[tuple[int, str, int]]) -> None:
+def run(arguments: list[str]) -> int:
+    """Exit status of a rank that was told so."""
+    timeout, steps, *words = arguments
+    told = [(int(rank), what, int(step)) for rank, what, step in zip(*[iter(words)] * 3, strict=True)]
     launch = Launch.from_environment()
     assert launch is not None
-    facts: dict[str, Any] = {"option": {"seed": os.environ.get("SEED", "0")}}
-    spec = MeshSpec(dp=launch.world_size)
+    facts: dict[str, Any] = {"option": {"seed": os.environ.get("SEED", "0"), "deep": {"same": 1}}}
+    spec, arrival = MeshSpec(dp=launch.world_size), float(os.environ.get("ARRIVAL", "60"))
     try:
-        with open_ranks(launch, spec, facts, timeout, name="the run") as ranks:
-            work(ranks, steps, mischiefs)
+        with open_ranks(launch, spec, facts, float(timeout), name="the run", arrival=arrival) as ranks:
+            work(ranks, int(steps), told)
+    except OwnProblem as problem:
+        print(f"the run: {problem}", file=sys.stderr)
+        return 2
     except ValueError as problem:
         if launch.is_first:
             print(f"the run: {problem}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
 
 
 def work(ranks: JoinedRanks, steps: int, mischiefs: list[tuple[int, str, int]]) -> None:
@@ -72,8 +80,3 @@ def work(ranks: JoinedRanks, steps: int, mischiefs: list[tuple[int, str, int]]) 
         for slow, peer in ranks.watch.slow_ranks():
             print(f"slow: {peer.rank} {slow.times:.0f}", flush=True)
         time.sleep(0.01)
-
-
-if __name__ == "__main__":
-    told = [(int(rank), what, int(step)) for rank, what, step in zip(*[iter(sys.argv[3:])] * 3, strict=True)]
-    main(float(sys.argv[1]), int(sys.argv[2]), told)

@@ -1,4 +1,5 @@
-"""``abyssal doctor``: what this machine has, which implementation each operator uses and why, and what FP8 costs."""
+"""``abyssal doctor``: what this machine has, for many ranks too, which implementation each operator uses and why, and
+what FP8 costs."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from abyssal.cli.machine import Machine
     from abyssal.cli.operators import Operator
+    from abyssal.cli.rank_support import RankSupport
 
 NO_GPU_KERNELS = "there are no kernels of our own for GPUs yet: PyTorch's run there, and FP8 is emulated"
 
@@ -25,15 +27,21 @@ def main(argv: list[str]) -> int:
     from abyssal.cli.fp8_cost import measure
     from abyssal.cli.machine import this_machine
     from abyssal.cli.operators import operators
+    from abyssal.cli.rank_support import rank_support
 
-    machine, found, cost = this_machine(), operators(), measure()
+    machine, ranks, found, cost = this_machine(), rank_support(), operators(), measure()
     fp8 = {"emulated": True, "step_ratio": cost.ratio, **asdict(cost)}
     if options.json:
-        figures = {"machine": asdict(machine), "operators": [asdict(each) for each in found], "fp8": fp8}
+        figures = {
+            "machine": asdict(machine),
+            "ranks": asdict(ranks),
+            "operators": [asdict(each) for each in found],
+            "fp8": fp8,
+        }
         json.dump(figures, sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
-        _print(machine, found, fp8)
+        _print(machine, ranks, found, fp8)
     return 0
 
 
@@ -45,13 +53,13 @@ def _parser() -> OneLineParser:
     return parser
 
 
-def _print(machine: Machine, found: list[Operator], fp8: dict[str, Any]) -> None:
+def _print(machine: Machine, ranks: RankSupport, found: list[Operator], fp8: dict[str, Any]) -> None:
     from rich.console import Console
 
     from abyssal.cli.operators import ROW_INVARIANT
 
     console = Console(highlight=False)
-    console.print(_grid(_facts(machine)))
+    console.print(_grid([*_facts(machine), *_rank_facts(ranks)]))
     console.print()
     console.print(_operator_table(found))
     console.print(f"why: of training; of inference. Row-invariant: {ROW_INVARIANT}", style="dim")
@@ -86,6 +94,21 @@ def _gpus(machine: Machine) -> str:
         return "none that torch sees"
     names = [f"{gpu.name}, {gpu.memory_bytes / 2**30:.0f} GiB, {gpu.capability}" for gpu in machine.gpus]
     return f"{'; '.join(names)}. {NO_GPU_KERNELS}"
+
+
+def _rank_facts(ranks: RankSupport) -> list[tuple[str, str]]:
+    """What there is for runs on many ranks."""
+    if not ranks.backends or ranks.torchrun is None:
+        return [("many ranks", "not with this torch, which was built without torch.distributed")]
+    wanted = {"gloo": "CPUs", "nccl": "NVIDIA GPUs"}
+    backends = [f"{name} for {wanted[name]}" if name in wanted else name for name in ranks.backends]
+    lacking = [f"no {name}" for name in wanted if name not in ranks.backends]
+    deep_ep = "not installed; --dispatch alltoall or hierarchical" if ranks.deep_ep is None else ranks.deep_ep
+    return [
+        ("between ranks", ", ".join([*backends, *lacking])),
+        ("starts ranks", ranks.torchrun),
+        ("DeepEP", deep_ep),
+    ]
 
 
 def _fp8_facts(fp8: dict[str, Any]) -> list[tuple[str, str]]:

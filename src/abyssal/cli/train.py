@@ -87,13 +87,14 @@ def _train(options: Options, ranks: JoinedRanks | None) -> int:
     from abyssal.train.folder import RunFolder
 
     _check(options)
-    folder = RunFolder(options.out)
+    folder, spec = RunFolder(options.out), _spec(options)
+    options.train.check_fits(spec)
+    if ranks is not None:
+        _check_mesh(options, spec, ranks)
     take_folder(folder.path, options.resume, folder.check_free, ranks)
     first = ranks is None or ranks.is_first
     if first and options.resume and not folder.record.exists():
         print(f"{folder.path}: holds no run to resume; beginning one", file=sys.stderr)
-    spec = _spec(options)
-    options.train.check_fits(spec)
 
     from abyssal.train.fault import TrainingFault
     from abyssal.train.run import run_training
@@ -116,6 +117,13 @@ def _train(options: Options, ranks: JoinedRanks | None) -> int:
             f"{evaluation.bits_per_byte:.3f} bits per byte, MaxVio {evaluation.max_violation:.2f}"
         )
     return 0
+
+
+def _check_mesh(options: Options, spec: ModelSpec, ranks: JoinedRanks) -> None:
+    from abyssal.train.ranks import check_fits
+
+    check_fits(spec, options.train.parallel, ranks.mesh.spec)
+    options.train.resolved(spec).plan(ranks.mesh.spec.dp)  # refuses a batch that ranks cannot share
 
 
 def _recipe_defaults(argv: Sequence[str]) -> Options | None:
@@ -186,10 +194,6 @@ def _run(options: Options, folder: RunFolder, spec: ModelSpec) -> Run:
 
 def _run_on_ranks(options: Options, folder: RunFolder, spec: ModelSpec, ranks: JoinedRanks) -> Run:
     """The same on every rank, once rank 0 has prepared and checked what there is to read."""
-    from abyssal.train.ranks import check_fits
-
-    check_fits(spec, options.train.parallel, ranks.mesh.spec)
-    options.train.resolved(spec).plan(ranks.mesh.spec.dp)
 
     def prepare() -> None:
         try:

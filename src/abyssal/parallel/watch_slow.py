@@ -15,7 +15,7 @@ from abyssal.parallel.watch_beat import Beat, own_seconds_a_step
 
 SLOW = 1.5
 """Times the median of the ranks' own times."""
-TIMES_IN_A_ROW = 3
+TIMES_IN_A_ROW = 5
 LEAST_SECONDS = 0.005
 """Own time of a step beyond the median below which slowness is noise of the clock."""
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from abyssal.cli import fp8_cost, machine, operators
+from abyssal.cli import fp8_cost, machine, operators, rank_support
 from abyssal.cli.main import main
+from abyssal.cli.rank_support import RankSupport
 from abyssal.kernels import native
 from abyssal.kernels.matmul import multiplies_bf16
 
@@ -41,6 +42,8 @@ def test_json_alone(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["machine"]["torch"] == torch.__version__
     assert found["machine"]["bf16_products"] == multiplies_bf16()
     assert found["machine"]["native_instructions"] == native.isa_name()
+    assert "gloo" in found["ranks"]["backends"] and found["ranks"]["torchrun"].endswith(("torchrun", ".run"))
+    assert found["ranks"]["deep_ep"] is None or isinstance(found["ranks"]["deep_ep"], str)
     assert found["fp8"] == {"emulated": True, "step_ratio": 2.5, "bf16_seconds": 0.2, "fp8_seconds": 0.5}
     assert len({each["name"] for each in found["operators"]}) == len(found["operators"]) > 10
 
@@ -126,3 +129,18 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "tiny"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("abyssal doctor: ") and captured.err.count("\n") == 1
+
+
+def test_what_there_is_for_many_ranks(
+    quick: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    for support, told in (
+        (RankSupport(("gloo",), "/bin/torchrun", None), ["gloo for CPUs, no nccl", "/bin/torchrun", "not installed"]),
+        (RankSupport(("gloo", "nccl"), "torchrun", "1.2.1"), ["nccl for NVIDIA GPUs", "DeepEP            1.2.1"]),
+        (RankSupport((), None, None), ["built without torch.distributed"]),
+    ):
+        monkeypatch.setattr(rank_support, "rank_support", lambda support=support: support)
+        assert main(["doctor"]) == 0
+        shown = capsys.readouterr().out
+        assert all(text in shown for text in told), shown
