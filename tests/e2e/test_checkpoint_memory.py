@@ -8,17 +8,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from abyssal.checkpoint.layout import Format, plan_shards, store
 from abyssal.checkpoint.names import checkpoint_table, scale_name
 from abyssal.checkpoint.safetensors_file import SafetensorsReader
 from abyssal.checkpoint.safetensors_header import format_header
+from abyssal.checkpoint.sharded import save_sharded
+from abyssal.model.transformer import Transformer
 from abyssal.spec.hf_config import write_config
 from abyssal.spec.model import LatentAttentionSpec, ModelSpec, MoESpec
+from abyssal.text.tokenizer import train_bpe
+from abyssal.train.config import TrainConfig
 
 GIB = 1 << 30
 
@@ -143,3 +148,46 @@ def test_converting_a_tensor_of_3_gib_takes_little_memory(tmp_path: Path) -> Non
     finally:
         for file in (tmp_path / "out").glob("*.safetensors"):
             file.unlink()
+
+
+# ---- a checkpoint of a run ----
+
+FEW_EXPERTS = replace(WIDE, moe=MoESpec(num_experts=8, num_shared_experts=1, top_k=8, expert_ffn_size=1024))
+FEW_LAYERS = replace(FEW_EXPERTS, num_layers=2, dense_ffn_size=1024, vocab_size=1024)
+
+
+def _run(folder: Path, spec: ModelSpec) -> Path:
+    """A run whose checkpoint holds zeros."""
+    folder.mkdir()
+    record = {"model": asdict(spec), "config": asdict(TrainConfig().resolved(spec)), "origin": {}}
+    (folder / "run.json").write_text(json.dumps(record))
+    train_bpe(["some text"], 270).save(folder / "tokenizer")
+    model = Transformer(spec, device="meta", dtype=torch.float32)
+    tensors = {f"model/{name}": torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()}
+    save_sharded(folder / "checkpoints" / "step-00000001", tensors, {})
+    return folder
+
+
+MEMORY_OF_AN_EXPORT = """
+import json, sys
+from pathlib import Path
+from abyssal.train.export import export_checkpoint
+
+def status(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+warm, run, destination = map(Path, sys.argv[1:])
+export_checkpoint(warm, destination / "warm", "fp8")  # the allocator, the thread pools and the modules
+before = status("VmRSS")
+export_checkpoint(run, destination / "model", "fp8")
+print(json.dumps({"peak": status("VmHWM") - before}))
+"""
+
+
+def test_exporting_a_checkpoint_takes_the_memory_of_a_few_rows(tmp_path: Path) -> None:
+    warm, run = _run(tmp_path / "warm", FEW_LAYERS), _run(tmp_path / "run", replace(FEW_EXPERTS, num_layers=4))
+    weights = sum(path.stat().st_size for path in run.rglob("*.distcp"))
+    assert weights > 0.4 * GIB
+    found = _measured(MEMORY_OF_AN_EXPORT, warm, run, tmp_path / "exported")
+    assert found["peak"] < 96 << 20, (found, weights)
