@@ -80,7 +80,11 @@ class LocalPlan:
 
 
 class Dispatcher(Protocol):
-    """How tokens reach experts.  ``plan`` is one that this dispatcher made."""
+    """How tokens reach experts.
+
+    ``plan`` is one that this dispatcher made.  Tensors that are given are read until the handle has been waited for:
+    until then they must neither change nor be forgotten.
+    """
 
     def plan(self, layer: int, expert_ids_TK: Tensor) -> DispatchPlan:
         """Map the logical expert ids of ``layer`` to slots and decide where each row goes."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from abyssal.kernels.row_sums import row_sums
 from abyssal.model.dispatch import Handle, SlotMap
 from abyssal.parallel.dispatch.checks import check_fingerprints, check_placements, check_rows, fingerprint
-from abyssal.parallel.dispatch.exchange import Peers
+from abyssal.parallel.dispatch.exchange import Peers, wait_for
 from abyssal.parallel.dispatch.lane import Lane
 from abyssal.parallel.dispatch.links import LinkBytes, Traffic
 from abyssal.parallel.dispatch.order import inverse, runs, sorting, take
@@ -33,8 +33,8 @@ Sent = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
-class Arrival:
-    """What a rank receives: known when all ranks have said what they send."""
+class Route:
+    """What leaves and what arrives; known when all ranks have said what they send."""
 
     counts: list[int]
     """Rows of each local slot."""
@@ -42,6 +42,10 @@ class Arrival:
     """Rows to each rank."""
     received: list[int]
     """Rows from each rank."""
+    leaving_A: Tensor
+    """Flat index (token · K + choice) of each row as it is sent: by slot, and so by rank."""
+    returning_A: Tensor
+    """Place among the rows sent of each flat index."""
     order_A: Tensor
     """Place among the arrivals of each row sorted by slot."""
     inverse_A: Tensor
@@ -52,19 +56,12 @@ class AllToAllPlan:
     """Where each row goes."""
 
     layer: int
-    order_A: Tensor
-    """Flat index (token · K + choice) of each row as it is sent: by slot, and so by rank."""
-    inverse_A: Tensor
-    top_k: int
-    arrival: Handle[Arrival]
+    slots_TK: Tensor
+    route: Handle[Route]
 
     @property
     def counts(self) -> Sequence[int]:
-        return self.arrival.wait().counts
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.order_A) // self.top_k
+        return self.route.wait().counts
 
 
 class AllToAllDispatcher:
@@ -99,26 +96,25 @@ class AllToAllDispatcher:
         self._lane.close()
 
     def plan(self, layer: int, expert_ids_TK: Tensor) -> AllToAllPlan:
-        slot_map = self._slot_maps[layer]
-        slots_A = slot_map(expert_ids_TK).flatten()
-        order_A = sorting(slots_A, slot_map.num_slots)
-        counts_RE = torch.bincount(slots_A, minlength=slot_map.num_slots).view(self._peers.size, -1)
-        own = fingerprint(layer, self.placements[layer], expert_ids_TK.shape[1])
-        counted = self.traffic.plan
-        arrival = self._lane.submit(f"plan of layer {layer}", lambda: self._announce(counts_RE, own, counted))
-        return AllToAllPlan(layer, order_A, inverse(order_A), expert_ids_TK.shape[1], arrival)
+        slots_TK, placement, counted = self._slot_maps[layer](expert_ids_TK), self.placements[layer], self.traffic.plan
+        own = fingerprint(layer, placement, expert_ids_TK.shape[1])
+
+        def find() -> Route:
+            return self._find_route(slots_TK.flatten(), placement.num_slots, own, counted)
+
+        return AllToAllPlan(layer, slots_TK, self._lane.submit(f"plan of layer {layer}", find))
 
     def start_dispatch(self, x_TD: Tensor, weights_TK: Tensor | None, plan: AllToAllPlan) -> Handle[Sent]:
         """As the protocol says; ValueError for other tokens than the plan's."""
-        check_rows("tokens", len(x_TD), plan.num_tokens)
+        check_rows("tokens", len(x_TD), len(plan.slots_TK))
         counted = self.traffic.dispatch
 
         def send() -> Sent:
-            rows_AD = x_TD.index_select(0, plan.order_A // plan.top_k)
-            weights_A = None if weights_TK is None else weights_TK.flatten().index_select(0, plan.order_A)
-            arrival = plan.arrival.wait()
-            rows_AD, weights_A = self._travel(rows_AD, weights_A, arrival.sent, arrival.received, counted)
-            return take(rows_AD, weights_A, arrival.order_A)
+            route = plan.route.wait()
+            rows = x_TD.index_select(0, route.leaving_A // plan.slots_TK.shape[1])
+            weights = None if weights_TK is None else weights_TK.flatten().index_select(0, route.leaving_A)
+            rows, weights = self._travel(rows, weights, route.sent, route.received, counted)
+            return take(rows, weights, route.order_A)
 
         return self._lane.submit(f"dispatch of layer {plan.layer}", send)
 
@@ -128,28 +124,36 @@ class AllToAllDispatcher:
         counted = self.traffic.combine
 
         def send() -> Sent:
-            arrival = plan.arrival.wait()
-            rows, weights = take(rows_AD, weights_A, arrival.inverse_A)
-            rows, weights = self._travel(rows, weights, arrival.received, arrival.sent, counted)
-            sum_TD = row_sums(rows, plan.inverse_A.view(-1, plan.top_k))
-            weights_TK = None if weights is None else weights.index_select(0, plan.inverse_A).view(-1, plan.top_k)
-            return sum_TD, weights_TK
+            route = plan.route.wait()
+            rows, weights = take(rows_AD, weights_A, route.inverse_A)
+            rows, weights = self._travel(rows, weights, route.received, route.sent, counted)
+            sum_TD = row_sums(rows, route.returning_A.view_as(plan.slots_TK))
+            if weights is not None:
+                weights = weights.index_select(0, route.returning_A).view_as(plan.slots_TK)
+            return sum_TD, weights
 
         return self._lane.submit(f"combine of layer {plan.layer}", send)
 
-    def _announce(self, counts_RE: Tensor, own: int, counted: LinkBytes) -> Arrival:
-        """Tell each rank how many rows its slots get from here."""
-        ones = [1] * self._peers.size
-        message = torch.cat([counts_RE, counts_RE.new_full((len(counts_RE), 1), own)], 1)
-        received, work = self._peers.exchange(message, ones, ones, counted)
-        sent_R = counts_RE.sum(1)
-        if work is not None:
-            work.wait()
-        check_fingerprints(own, received[:, -1].tolist())
-        received_RE = received[:, :-1]
+    def _find_route(self, slots_A: Tensor, num_slots: int, own: int, counted: LinkBytes) -> Route:
+        """Tell each rank how many rows its slots get from here, and learn how many come."""
+        ranks = self._peers.size
+        counts_RE = torch.bincount(slots_A, minlength=num_slots).view(ranks, -1)
+        message = torch.cat([counts_RE, counts_RE.new_full((ranks, 1), own)], 1)
+        answers, work = self._peers.exchange(message, [1] * ranks, [1] * ranks, counted)
+        leaving_A = sorting(slots_A, num_slots)
+        wait_for(work)
+        check_fingerprints(own, answers[:, -1].tolist())
+        received_RE = answers[:, :-1]
         sorted_A = _places_by_slot(received_RE)
-        counts, from_R = received_RE.sum(0).tolist(), received_RE.sum(1).tolist()
-        return Arrival(counts, sent_R.tolist(), from_R, inverse(sorted_A), sorted_A)
+        return Route(
+            counts=received_RE.sum(0).tolist(),
+            sent=counts_RE.sum(1).tolist(),
+            received=received_RE.sum(1).tolist(),
+            leaving_A=leaving_A,
+            returning_A=inverse(leaving_A),
+            order_A=inverse(sorted_A),
+            inverse_A=sorted_A,
+        )
 
     def _travel(
         self, rows_AD: Tensor, weights_A: Tensor | None, sent: list[int], received: list[int], counted: LinkBytes
@@ -158,9 +162,8 @@ class AllToAllDispatcher:
         weights, weights_work = weights_A, None
         if weights_A is not None:
             weights, weights_work = self._peers.exchange(weights_A, sent, received, counted)
-        for work in (rows_work, weights_work):
-            if work is not None:
-                work.wait()
+        wait_for(rows_work)
+        wait_for(weights_work)
         return rows, weights
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor, distributed
 
 from abyssal.parallel.dispatch.links import LinkBytes
 from abyssal.spec.mesh import MeshSpec
+
+Result = TypeVar("Result")
 
 
 class Work(Protocol):
@@ -44,3 +46,15 @@ class Peers:
             target, rows.contiguous(), list(received), list(sent), group=self.group, async_op=True
         )
         return target, work
+
+
+def finished(result: Result, work: Work | None) -> Result:
+    """What a work brought, once it is done."""
+    wait_for(work)
+    return result
+
+
+def wait_for(work: Work | None) -> None:
+    """Wait, if there is anything to wait for."""
+    if work is not None:
+        work.wait()

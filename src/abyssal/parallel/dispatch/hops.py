@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,12 +18,10 @@ from torch.nn import functional
 
 from abyssal.kernels.row_sums import row_sums
 from abyssal.parallel.dispatch.checks import check_fingerprints
-from abyssal.parallel.dispatch.exchange import Peers, Work
+from abyssal.parallel.dispatch.exchange import Peers, Work, finished, wait_for
 from abyssal.parallel.dispatch.links import LinkBytes
 from abyssal.parallel.dispatch.order import inverse
 from abyssal.parallel.dispatch.routes import Held, copies_held, depart
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ class _Out:
 
     def start(self, chunk: int, rows: Tensor) -> Work | None:
         hop = self._hop
-        out = self.target[hop.received.chunks[chunk]]
+        out = None if self._stays else self.target[hop.received.chunks[chunk]]
         return hop.peers.exchange(rows, hop.sent.by_peer[chunk], hop.received.by_peer[chunk], self._counted, out)[1]
 
 
@@ -204,15 +201,3 @@ def _chain(first: _Out | _Back, second: _Out | _Back) -> Sequence[Work | None]:
 def with_zero_row(rows_AD: Tensor) -> Tensor:
     """With one row of zeros after them."""
     return torch.cat([rows_AD, rows_AD.new_zeros(1, rows_AD.shape[1])])
-
-
-def finished(result: Result, work: Work | None) -> Result:
-    """What a work brought, once it is done."""
-    wait_for(work)
-    return result
-
-
-def wait_for(work: Work | None) -> None:
-    """Wait, if there is anything to wait for."""
-    if work is not None:
-        work.wait()
