@@ -1,9 +1,9 @@
 """Slow links in user space, where network namespaces are refused: a rank waits as long as its bytes would have taken.
 
 Ranks are ordinary processes that talk over ``lo``.  :func:`hold_back` wraps the one collective that dispatchers use:
-what it sends to ranks of other nodes takes its turn on its node's cable, and what arrives on the other's; the work is
-finished when the last byte would have been through.  The cables' state, when each is free again and how many bytes went
-through, lies in a file that all ranks map.
+what it sends to ranks of other nodes takes its turn on its node's cable outwards and on the other's inwards, and is
+sent when the last byte would have been through.  The cables' state, when each is free again and how many bytes went
+through, lies in a file that all ranks share.
 
 Against the real thing (``support/link.py``): other collectives and connections are not held back, and a message takes
 its whole turn on a cable instead of sharing it packet by packet, so one that comes from several nodes at once may wait
@@ -19,12 +19,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .link import LinkKind
+from .link import LinkKind, process_variables
 
 FILE, NODE, RATE = "ABYSSAL_LIMITER_FILE", "ABYSSAL_LIMITER_NODE", "ABYSSAL_LIMITER_GIGABITS"
 """Variables by which a rank learns of its node's cable."""
@@ -55,7 +55,7 @@ class LimitedLinks:
     ) -> subprocess.Popen[str]:
         """As the protocol says."""
         own = {FILE: str(self._cables.path), NODE: str(node), RATE: str(self.gigabits), "GLOO_SOCKET_IFNAME": "lo"}
-        return subprocess.Popen([*command], env={**os.environ, **own, **environment}, text=True, **options)
+        return subprocess.Popen([*command], env=process_variables({**own, **environment}), text=True, **options)
 
     def address(self, node: int) -> str:
         """All are this machine."""
@@ -114,6 +114,7 @@ def hold_back(nodes: Sequence[int]) -> None:
     cables, node = Cables(Path(os.environ[FILE])), int(os.environ[NODE])
     seconds_a_byte = 8 / (float(os.environ[RATE]) * 1e9)
     original = distributed.all_to_all_single
+    senders: dict[distributed.ProcessGroup | None, ThreadPoolExecutor] = {}  # one thread a group keeps its order
 
     def held_back(
         output: Tensor,
@@ -130,19 +131,25 @@ def hold_back(nodes: Sequence[int]) -> None:
         for rank, count in zip(ranks, rows, strict=True):
             if nodes[rank] != node and count:
                 crossing[nodes[rank]] = crossing.get(nodes[rank], 0) + count * row_bytes
-        work = original(output, input, output_split_sizes, input_split_sizes, group, True)
-        held = Held(work, cables.book(node, crossing, seconds_a_byte))
+        end = cables.book(node, crossing, seconds_a_byte)
+
+        def send() -> None:
+            time.sleep(max(0.0, end - time.monotonic()))
+            original(output, input, output_split_sizes, input_split_sizes, group)
+
+        if group not in senders:
+            senders[group] = ThreadPoolExecutor(1)
+        held = Held(senders[group].submit(send))
         return held if async_op else held.wait()
 
     distributed.all_to_all_single = held_back
 
 
 class Held:
-    """A collective that is not finished before its time."""
+    """A collective that begins when its bytes would have been through, so that no peer has them before."""
 
-    def __init__(self, work: Any, end: float) -> None:
-        self._work, self._end = work, end
+    def __init__(self, sent: Future[None]) -> None:
+        self._sent = sent
 
     def wait(self) -> None:
-        self._work.wait()
-        time.sleep(max(0.0, self._end - time.monotonic()))
+        self._sent.result()

@@ -51,7 +51,10 @@ class Links(Protocol):
     def start(
         self, node: int, command: Sequence[str], environment: Mapping[str, str], **options: Any
     ) -> subprocess.Popen[str]:
-        """A process on ``node`` with these variables beside ours; ``options`` are those of ``subprocess.Popen``."""
+        """A process on ``node`` with these variables beside ours, which finds the modules of benchmarks/.
+
+        ``options`` are those of ``subprocess.Popen``.
+        """
         ...
 
     def address(self, node: int) -> str:
@@ -61,6 +64,12 @@ class Links(Protocol):
     def sent(self, node: int) -> int:
         """Bytes that have left ``node`` so far, as the link counts them."""
         ...
+
+
+def process_variables(more: Mapping[str, str]) -> dict[str, str]:
+    """Ours, with the folder of the benchmarks on the path of modules, and ``more``."""
+    folders = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(folders), **more}
 
 
 @contextlib.contextmanager
@@ -128,7 +137,7 @@ class NamespaceLinks:
         self, node: int, command: Sequence[str], environment: Mapping[str, str], **options: Any
     ) -> subprocess.Popen[str]:
         """As the protocol says.  gloo is told which interface to use."""
-        variables = {**os.environ, "GLOO_SOCKET_IFNAME": INTERFACE, **environment}
+        variables = process_variables({"GLOO_SOCKET_IFNAME": INTERFACE, **environment})
         return subprocess.Popen([*_inside(self._holders[node]), *command], env=variables, text=True, **options)
 
     def address(self, node: int) -> str:

@@ -37,7 +37,7 @@ class RawLink:
 
 
 def measure_links(links: Links, connections: int, seconds: float = 1.0) -> tuple[RawLink, RawLink]:
-    """Inside a node, and across.
+    """Inside a node, and across.  The limiter does not know these connections: its rate is what it lets through.
 
     Args:
         connections: between each pair of nodes at once, as many as ranks have.
@@ -47,6 +47,8 @@ def measure_links(links: Links, connections: int, seconds: float = 1.0) -> tuple
     with contextlib.ExitStack() as stack:
         ports = [stack.enter_context(_server(links, node)) for node in range(links.num_nodes)]
         inside = _measured(links, [(0, 0)], ports, size, connections)
+        if links.kind == "limiter":
+            return inside, RawLink(links.gigabits, inside.round_trip)
         ring = [(node, (node + 1) % links.num_nodes) for node in range(links.num_nodes)]
         return inside, _measured(links, ring, ports, size, connections)
 
