@@ -71,7 +71,8 @@ def _document_numbers(batch: Batch) -> np.ndarray | None:
     """(B, X): the number of each token's document within its row."""
     if batch.documents is None:
         return None
-    return np.stack([np.repeat(np.arange(len(lengths)), lengths) for lengths in batch.documents])
+    rows = [np.repeat(np.arange(len(lengths)), lengths) for lengths in batch.documents]
+    return np.array(rows, dtype=np.int64).reshape(batch.tokens_BX.shape)  # a rank may have no row of a small batch
 
 
 def packed_step(
