@@ -14,11 +14,13 @@ Legend: T tokens, D model, H heads, Q query width, X cached values, K chosen exp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from abyssal.kernels.fp8_tiles import Quantised
 from abyssal.model.dispatch import DispatchPlan, Done, Handle, Rows, Then, combine, dispatch, start_dispatch
@@ -74,10 +76,6 @@ class StageIO:
         copy.__dict__.update(self.__dict__, **changes)
         return copy
 
-    def cut(self) -> StageIO:
-        """The same values outside any graph, as leaves that collect gradients."""
-        return self.having(**{name: tensor.detach().requires_grad_() for name, tensor in self.tensors().items()})
-
 
 Gradients = dict[str, Tensor]
 """Gradients of a :class:`StageIO`, by field name."""
@@ -120,6 +118,54 @@ def run_stages(block: Block, x_TD: Tensor, step: Step) -> Tensor:
     return io.x_TD
 
 
+class _Cut(torch.autograd.Function):
+    """The values outside the graph that made them.  Their gradients end in a list: a leaf would do the same and keep
+    the values alive, which after the stage's forward only those operations should that need them."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, collected: list[Tensor | None], *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.collected = collected
+        ctx.set_materialize_grads(False)
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, ...]:
+        ctx.collected.extend(gradients)
+        return (None, None, *(None for _ in gradients))
+
+
+class CutGraph:
+    """A graph of its own for what runs between :meth:`inputs` and :meth:`outputs`.  It holds no tensor by itself: an
+    activation lives as long as an operation needs it and no longer."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._collected: list[Tensor | None] = []
+        self._edges: dict[str, GradientEdge] = {}
+
+    def inputs(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The values as the graph's beginnings; gradients of all of them are collected."""
+        self._names = tuple(values)
+        anchor = torch.empty(0, requires_grad=True)
+        with torch.enable_grad():
+            cut = _Cut.apply(anchor, self._collected, *(value.detach() for value in values.values()))
+        return dict(zip(self._names, cut, strict=True))  # type: ignore[arg-type]
+
+    def outputs(self, values: Mapping[str, Tensor]) -> None:
+        """Say where the graph ends."""
+        self._edges = {name: get_gradient_edge(value) for name, value in values.items() if value.requires_grad}
+
+    def backward(self, gradients: Mapping[str, Tensor]) -> Gradients:
+        """Gradients of the inputs from those of the outputs, once; the graph is gone afterwards."""
+        names, edges = [name for name in self._edges if name in gradients], self._edges
+        self._edges = {}
+        if names:
+            torch.autograd.backward([edges[name] for name in names], [gradients[name] for name in names])
+        collected, self._collected = self._collected, []
+        found = zip(self._names, collected, strict=False)  # nothing where no gradient came
+        return {name: gradient for name, gradient in found if gradient is not None}
+
+
 class StageRun:
     """One run of one stage of one block, with a graph of its own.
 
@@ -132,8 +178,8 @@ class StageRun:
         self._block = block
         self._queue = WeightQueue()
         self._step = replace(step, queue=self._queue)
-        self._inputs: StageIO | None = None
-        self._outputs: StageIO | None = None
+        self._graph = CutGraph()
+        self._plan: DispatchPlan | None = None
 
     @property
     def communicates(self) -> bool:
@@ -143,22 +189,17 @@ class StageRun:
         """Run the stage on ``io``, cut from whatever made it."""
         if self.communicates:
             return self.start_forward(io).wait()
-        self._inputs = io.cut()
+        inputs = io.having(**self._graph.inputs(io.tensors()))
         with torch.enable_grad():
-            self._outputs = run_stage(self.name, self._block, self._inputs, self._step)
-        return self._outputs
+            outputs = run_stage(self.name, self._block, inputs, self._step)
+        self._graph.outputs(outputs.tensors())
+        return outputs
 
     def backward_input(self, gradients: Gradients) -> Gradients:
         """Gradients of the stage's input from those of its output; weight gradients of its products wait in a queue."""
         if self.communicates:
             return self.start_backward(gradients).wait()
-        assert self._inputs is not None and self._outputs is not None
-        outputs = self._outputs.tensors()
-        names = [name for name in outputs if name in gradients and outputs[name].requires_grad]
-        torch.autograd.backward([outputs[name] for name in names], [gradients[name] for name in names])
-        leaves = self._inputs.tensors()
-        self._inputs = self._outputs = None
-        return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        return self._graph.backward(gradients)
 
     def backward_weight(self) -> None:
         """The weight gradients put off by ``backward_input``."""
@@ -167,7 +208,7 @@ class StageRun:
     def start_forward(self, io: StageIO) -> Handle[StageIO]:
         """Begin the communication of a stage that communicates."""
         assert self.communicates, self.name
-        self._inputs = io
+        self._plan = io.plan
         if io.plan is None:
             return Done(io)
         dispatcher, plan = self._step.dispatcher, io.plan
@@ -177,12 +218,13 @@ class StageRun:
             return Then(handle, lambda rows: _arrived(io, rows))
         assert io.rows_AD is not None
         handle = dispatcher.start_combine(io.rows_AD.detach(), None, plan)
-        return Then(handle, lambda sent: io.having(plan=None, rows_AD=None, combined_TD=sent[0]))
+        rest = io.having(plan=None, rows_AD=None)
+        return Then(handle, lambda sent: rest.having(combined_TD=sent[0]))
 
     def start_backward(self, gradients: Gradients) -> Handle[Gradients]:
         """Begin the communication of its backward: combine for dispatch, dispatch for combine."""
-        assert self.communicates and self._inputs is not None, self.name
-        plan, self._inputs = self._inputs.plan, None
+        assert self.communicates, self.name
+        plan, self._plan = self._plan, None
         if plan is None:
             return Done(gradients)
         rest = dict(gradients)
