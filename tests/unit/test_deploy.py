@@ -31,11 +31,10 @@ SLURM = DEPLOY / "slurm" / "train.sbatch"
 SRUN = f"""#!{sys.executable}
 import itertools, os, signal, subprocess, sys
 program = list(itertools.dropwhile(lambda word: word.startswith("--"), sys.argv[1:]))
-nodes = [
-    subprocess.Popen(program, env={{**os.environ, "SLURM_NODEID": str(node)}})
-    for node in range(int(os.environ["SLURM_NNODES"]))
-]
+nodes = []
 signal.signal(signal.SIGTERM, lambda *_: [node.terminate() for node in nodes])
+for node in range(int(os.environ["SLURM_NNODES"])):
+    nodes.append(subprocess.Popen(program, env={{**os.environ, "SLURM_NODEID": str(node)}}))
 sys.exit(max(abs(node.wait()) for node in nodes))
 """
 SCONTROL = """#!/bin/bash
@@ -46,7 +45,6 @@ esac
 """
 TORCHRUN = """#!/bin/bash
 printf '%s\\n' "$@" > "$HERE/node-${SLURM_NODEID:-0}"
-touch "$HERE/began"
 if [[ -n ${SLEEP:-} ]]; then exec sleep "$SLEEP"; fi
 exit "${STATUS:-0}"
 """
@@ -103,7 +101,7 @@ def test_slurm_starts_a_torchrun_on_each_node(slurm, tmp_path):
     assert job.returncode == 0, output
     first, second = launched(tmp_path, 0), launched(tmp_path, 1)
     assert [word.replace("=true", "=false") for word in first] == second
-    assert "is_host=true" in first and first[first.index("--rdzv-endpoint") + 1] == "localhost:20007"
+    assert "is_host=true,read_timeout=600" in first and first[first.index("--rdzv-endpoint") + 1] == "localhost:20007"
     options = options_of(first)
     assert options.resume and options.out == tmp_path / "a run"
     assert options.train.parallel.mesh_spec(16, 8).num_nodes == 2
@@ -127,7 +125,7 @@ def test_slurm_queues_a_job_that_failed_again_and_not_for_ever(slurm, environmen
 def test_slurm_ends_the_ranks_and_queues_again_when_the_time_is_up(slurm, tmp_path):
     """However often it was queued again before."""
     job = slurm("--out", "x", SLEEP="60", SLURM_RESTART_COUNT="9")
-    while not (tmp_path / "began").exists():
+    while not (tmp_path / "node-0").exists() or not (tmp_path / "node-1").exists():
         time.sleep(0.02)
     job.send_signal(signal.SIGUSR1)  # what --signal=B:USR1 has Slurm do
     output, _ = job.communicate(timeout=20)
@@ -195,7 +193,8 @@ def test_the_job_set_restarts_as_one_and_meets_at_its_first_pod(tmp_path):
     for index in range(nodes):
         arguments = stub_torchrun(container, {**variables, "JOB_COMPLETION_INDEX": str(index)}, tmp_path)
         assert arguments[arguments.index("--rdzv-endpoint") + 1] == f"{host}:{port}"
-        assert arguments[arguments.index("--rdzv-conf") + 1] == f"is_host={'true' if index == 0 else 'false'}"
+        is_host = "true" if index == 0 else "false"
+        assert arguments[arguments.index("--rdzv-conf") + 1].split(",")[0] == f"is_host={is_host}"
         options = options_of(arguments)
         assert options.resume and options.out.parts[1] == "shared"
         check_fits(options, nodes, ranks)
