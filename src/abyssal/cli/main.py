@@ -18,6 +18,7 @@ VERBS: dict[str, str] = {
     "prepare": "turn text into tokens that runs train on",
     "train": "train a model on text",
     "sft": "fine-tune a model on conversations",
+    "schedule": "draw a pipeline schedule, and what it costs in time and memory",
     "report": "compare runs on one HTML page",
     "generate": "let a model write",
     "chat": "talk to a model",
