@@ -45,6 +45,7 @@ esac
 """
 TORCHRUN = """#!/bin/bash
 printf '%s\\n' "$@" > "$HERE/node-${SLURM_NODEID:-0}"
+echo "$OMP_NUM_THREADS threads a rank, ${SRUN_CPUS_PER_TASK:-no} cores a node"
 if [[ -n ${SLEEP:-} ]]; then exec sleep "$SLEEP"; fi
 exit "${STATUS:-0}"
 """
@@ -98,7 +99,7 @@ def test_slurm_starts_a_torchrun_on_each_node(slurm, tmp_path):
     given = ["--out", str(tmp_path / "a run"), "--mesh", "dp=16,ep=8", "--device", "cuda", "--batch-size", "16"]
     job = slurm(*given, SLURM_CPUS_PER_TASK="96")
     output, _ = job.communicate(timeout=30)
-    assert job.returncode == 0, output
+    assert job.returncode == 0 and "12 threads a rank, 96 cores a node" in output, output
     first, second = launched(tmp_path, 0), launched(tmp_path, 1)
     assert [word.replace("=true", "=false") for word in first] == second
     assert "is_host=true,read_timeout=600" in first and first[first.index("--rdzv-endpoint") + 1] == "localhost:20007"

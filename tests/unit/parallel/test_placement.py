@@ -64,7 +64,7 @@ def check(placements: list[Placement], problem: dict) -> None:
             assert repeated(placement) == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problems())
 def test_what_holds_of_every_placement(problem):
     """Every expert has a slot and ranks equally many (the record refuses all else); groups stay together where they
@@ -76,7 +76,7 @@ def test_what_holds_of_every_placement(problem):
     assert apart == placements, "layers do not know of one another"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problems(), st.randoms(use_true_random=False))
 def test_what_holds_of_a_placement_that_goes_on_from_another(problem, random):
     """Also from one that nobody would have chosen."""
@@ -97,7 +97,7 @@ def test_what_holds_of_a_placement_that_goes_on_from_another(problem, random):
             assert balancedness(ours, loads) * 1.1 >= balancedness(best, loads) - 1e-9
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_no_worse_than_greed_alone_where_greed_repeats_nobody(problem):
     """Where it does, the second slot of a rank is wasted, but may happen to even things out."""
