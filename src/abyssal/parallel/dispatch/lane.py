@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -84,6 +85,8 @@ class Job(Generic[Result]):
         self._done = threading.Event()
         self._result: Result | None = None
         self._error: Exception | None = None
+        self.ended: float | None = None
+        """When the work was done, or on a GPU enqueued, by ``time.perf_counter``."""
 
     @property
     def failure(self) -> str | None:
@@ -109,6 +112,7 @@ class Job(Generic[Result]):
         finally:
             if self._stream is None:
                 self._function = None  # on a GPU the inputs are kept until somebody has waited
+            self.ended = time.perf_counter()
             self._done.set()
 
     def wait(self) -> Result:

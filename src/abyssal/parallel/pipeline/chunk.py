@@ -114,6 +114,10 @@ class ModelChunk:
     def backward_weight(self, micro_batch: int) -> None:
         self._passes.pop(micro_batch).backward_weight()
 
+    def end_pass(self, micro_batch: int) -> None:
+        """Forget a pass whose weights' part has been run stage by stage."""
+        del self._passes[micro_batch]
+
     def start_pass(self, micro_batch: int, x_TD: Tensor | None) -> ChunkPass:
         """The pass of a micro-batch, before its forward: for what runs it stage by stage."""
         given = self._micro_batches[micro_batch]

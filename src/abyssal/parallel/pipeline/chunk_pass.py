@@ -128,5 +128,5 @@ class ChunkPass:
 
     def _weight(self, place: int, name: StageName) -> None:
         self._runs[place][name].backward_weight()
-        if name == "attention_in" and place - 1 in self.behind:
-            self.behind[place - 1].backward_weight()
+        if name == "experts" and place in self.behind:  # the first that an interleaving can run after the head
+            self.behind[place].backward_weight()

@@ -17,8 +17,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from abyssal.parallel.pipeline.chunk import Chunk
-from abyssal.parallel.pipeline.hidden import StepTimes, Timeline
+from abyssal.parallel.pipeline.hidden import StepTimes, Stopwatch
 from abyssal.parallel.pipeline.messages import Boundary, Messenger, PipelineError, ProcessGroup, made_by, needed_by
+from abyssal.parallel.pipeline.schedule_check import check
 from abyssal.parallel.pipeline.schedule_record import Action, Schedule, Work
 
 AHEAD = 3
@@ -48,11 +49,12 @@ class Executor:
         chunks: this rank's, in the schedule's order.
         group: for messages between stages, used by nobody else meanwhile; None for a schedule of one rank.
         pair: what runs two works that overlap.
-        timeline: where times are noted; give the same to a ``MeasuredDispatcher``.
+        stopwatch: where times are noted; give the same to a ``MeasuredDispatcher``.
         timeout: seconds after which a message that does not come is an error.
+        ordered: messages are told apart by their order, not by tags; by default where the backend has no tags.
 
     Raises:
-        ValueError: a schedule that does not fit the group or the chunks.
+        ValueError: a schedule that is not complete or would never end, or does not fit the group or the chunks.
     """
 
     def __init__(
@@ -62,9 +64,11 @@ class Executor:
         chunks: Sequence[Chunk],
         group: ProcessGroup | None = None,
         pair: Pair = one_after_the_other,
-        timeline: Timeline | None = None,
+        stopwatch: Stopwatch | None = None,
         timeout: float = 60.0,
+        ordered: bool | None = None,
     ) -> None:
+        check(schedule)
         _check_fits(schedule, rank, chunks, group)
         self.schedule = schedule
         self.rank = rank
@@ -74,8 +78,8 @@ class Executor:
         works = [work for action in self._actions for work in action.works]
         self._needs = {work: needed_by(schedule, work) for work in works}
         self._makes = {work: made_by(schedule, work) for work in works}
-        self._timeline = timeline or Timeline()
-        self._messages = Messenger(schedule, rank, group, self._timeline, timeout)
+        self._stopwatch = stopwatch or Stopwatch()
+        self._messages = Messenger(schedule, rank, group, self._stopwatch, timeout, ordered)
 
     def close(self) -> None:
         """End the executor's thread."""
@@ -96,7 +100,7 @@ class Executor:
                 f"{len(boundary.shapes)} micro-batches for a schedule {self.schedule.name} of "
                 f"{self.schedule.num_micro_batches}; make the schedule for as many as a step has"
             )
-        self._timeline.begin()
+        self._stopwatch.begin()
         self._messages.begin(boundary)
         for place, action in enumerate(self._actions):
             for later in self._actions[place : place + 1 + AHEAD]:
@@ -110,7 +114,7 @@ class Executor:
             for work, result in zip(action.works, made, strict=True):
                 self._give(work, result, boundary)
         self._messages.finish()
-        return self._timeline.times()
+        return self._stopwatch.times()
 
     def _post(self, action: Action) -> None:
         for work in action.works:

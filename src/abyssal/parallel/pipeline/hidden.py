@@ -47,7 +47,7 @@ class StepTimes:
         return self.hidden / self.communicating if self.communicating else None
 
 
-class Timeline:
+class Stopwatch:
     """Notes of one rank's step; the main thread alone writes them."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -99,35 +99,35 @@ def _common(span: tuple[float, float], spans: list[tuple[float, float]]) -> floa
 
 
 class MeasuredDispatcher:
-    """A dispatcher between ranks whose communication is noted on a timeline."""
+    """A dispatcher between ranks whose communication is noted on a stopwatch."""
 
-    def __init__(self, dispatcher: Dispatcher, timeline: Timeline) -> None:
+    def __init__(self, dispatcher: Dispatcher, stopwatch: Stopwatch) -> None:
         self.dispatcher = dispatcher
-        self._timeline = timeline
+        self._stopwatch = stopwatch
 
     def plan(self, layer: int, expert_ids_TK: Tensor) -> DispatchPlan:
         return self.dispatcher.plan(layer, expert_ids_TK)
 
     def start_dispatch(self, x_TD: Tensor, weights_TK: Tensor | None, plan: Any) -> Handle[Sent]:
-        began = self._timeline.clock()
-        return _Measured(self.dispatcher.start_dispatch(x_TD, weights_TK, plan), self._timeline, began)
+        began = self._stopwatch.clock()
+        return _Measured(self.dispatcher.start_dispatch(x_TD, weights_TK, plan), self._stopwatch, began)
 
     def start_combine(self, rows_AD: Tensor, weights_A: Tensor | None, plan: Any) -> Handle[Sent]:
-        began = self._timeline.clock()
-        return _Measured(self.dispatcher.start_combine(rows_AD, weights_A, plan), self._timeline, began)
+        began = self._stopwatch.clock()
+        return _Measured(self.dispatcher.start_combine(rows_AD, weights_A, plan), self._stopwatch, began)
 
 
 class _Measured(Generic[Result]):
     """A handle that notes when its communication ended: by its own word (a lane's), or when it had been waited for."""
 
-    def __init__(self, handle: Handle[Result], timeline: Timeline, began: float) -> None:
+    def __init__(self, handle: Handle[Result], stopwatch: Stopwatch, began: float) -> None:
         self._handle = handle
-        self._timeline = timeline
+        self._stopwatch = stopwatch
         self._began = began
 
     def wait(self) -> Result:
-        with self._timeline.waiting():
+        with self._stopwatch.waiting():
             result = self._handle.wait()
         ended = getattr(self._handle, "ended", None)
-        self._timeline.communicated(self._began, self._timeline.clock() if ended is None else ended)
+        self._stopwatch.communicated(self._began, self._stopwatch.clock() if ended is None else ended)
         return result

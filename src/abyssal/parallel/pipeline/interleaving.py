@@ -1,17 +1,19 @@
 """A forward and a backward chunk interleaved, as data: small moves of both sides for one layer, over all layers.
 
 V3 [section 3.2.1, figure 4] hides the communication of one chunk behind the computation of another: while the forward's
-tokens travel to their experts, the backward computes, and the other way round.  Here that is a tuple of moves; the
-forward's are in the order of its row, the backward's in the order of its own, and how the two are shuffled is the whole
-art.  ``ahead`` says that a move belongs to the next layer: so the backward's communication of the next layer can begin
-in the gap of this one.
+tokens travel to their experts the backward computes, and the other way round.  Here that is a tuple of moves, one layer
+of each side.  The forward's moves are in the order of its row and the backward's in the order of its own; how the two
+are shuffled is the whole art.  A move that is ``ahead`` belongs to the next layer: so the next layer's communication
+can begin in a gap of this one.
 
-Chunks of other lengths than each other need nothing: what has no partner runs alone.  Dense layers neither: their moves
-of communication do nothing.  Free of torch, so that what draws or times an interleaving can read it.
+Chunks of other lengths than each other need nothing more: what has no partner runs alone.  Neither do dense layers:
+their moves of communication do nothing.  All ranks of an expert group must use one interleaving, because their
+communication must start in one order.  Free of torch, so that what draws or times an interleaving can read it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,4 +48,126 @@ BACKWARD_ROW = _moves(
 )
 """One layer's backward, without weights."""
 WEIGHTS = _moves("weight experts, weight shared, weight attention_out, weight attention_in")
-"""One layer's weights, each after its stage of the backward."""
+"""One layer's weights, each somewhere after its stage of the backward."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """A move of one side."""
+
+    side: Side
+    move: Move
+    ahead: bool = False
+    """It is the next layer's."""
+
+    def __str__(self) -> str:
+        return f"{self.side} {self.move}{' ahead' if self.ahead else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A move of one side in a layer, counted from 0 in that side's direction."""
+
+    side: Side
+    place: int
+    move: Move
+
+
+@dataclass(frozen=True)
+class Interleaving:
+    """One layer of each side.
+
+    Raises:
+        ValueError: a move that is missing or there twice, or out of order; a weight before its stage; a side that is in
+            the next layer before it is through with this one.
+    """
+
+    name: str
+    instructions: tuple[Instruction, ...]
+
+    def __post_init__(self) -> None:
+        self._check_row("F", FORWARD_ROW)
+        self._check_row("B", BACKWARD_ROW)
+        self._check_weights()
+
+    @classmethod
+    def parse(cls, name: str, text: str) -> Interleaving:
+        """From lines of ``F start dispatch | B run experts | B run finish ahead``.
+
+        Raises:
+            ValueError: what is not of that form, or is no interleaving.
+        """
+        found = []
+        for part in text.replace("\n", "|").split("|"):
+            words = part.split()
+            if not words:
+                continue
+            known = {str(move) for move in (*FORWARD_ROW, *BACKWARD_ROW, *WEIGHTS)}
+            ahead = words[3:] == ["ahead"]
+            if words[0] not in ("F", "B") or " ".join(words[1:3]) not in known or (words[3:] and not ahead):
+                raise ValueError(f"interleaving {name}: {part.strip()!r} is no move; write it like 'F start dispatch'")
+            found.append(Instruction(words[0], Move(words[1], words[2]), ahead))  # type: ignore[arg-type]
+        return cls(name, tuple(found))
+
+    def unrolled(self, num_forward: int, num_backward: int) -> Iterator[Placed]:
+        """Every move of chunks of so many layers."""
+        layers = {"F": num_forward, "B": num_backward}
+        for turn in range(-1, max(num_forward, num_backward)):  # before the first, what is ahead in it
+            for one in self.instructions:
+                place = turn + one.ahead
+                if 0 <= place < layers[one.side]:
+                    yield Placed(one.side, place, one.move)
+
+    def _of(self, side: Side, weights: bool) -> list[Instruction]:
+        """Of one side, in the order in which one layer goes through them."""
+        own = [one for one in self.instructions if one.side == side and (one.move.verb == "weight") == weights]
+        return [one for one in own if one.ahead] + [one for one in own if not one.ahead]
+
+    def _check_row(self, side: Side, row: tuple[Move, ...]) -> None:
+        found = self._of(side, weights=False)
+        moves = tuple(one.move for one in found)
+        if moves != row:
+            wrong = next((index for index, (a, b) in enumerate(zip(moves, row, strict=False)) if a != b), len(moves))
+            there = str(moves[wrong]) if wrong < len(moves) else "nothing"
+            wanted = str(row[wrong]) if wrong < len(row) else "nothing more"
+            raise ValueError(f"interleaving {self.name}: a layer's {side} has {there} where {wanted} comes next")
+        in_text = [one for one in self.instructions if one in found]
+        if [one.ahead for one in in_text] != sorted(one.ahead for one in in_text):
+            raise ValueError(f"interleaving {self.name}: {side} is ahead in the next layer before this one is through")
+
+    def _check_weights(self) -> None:
+        weights = self._of("B", weights=True)
+        if self._of("F", weights=True) or {one.move for one in weights} != {*WEIGHTS} or len(weights) != len(WEIGHTS):
+            listed = ", ".join(str(one.move) for one in weights)
+            raise ValueError(f"interleaving {self.name}: has weights {listed}; B needs each of {len(WEIGHTS)} once")
+        places = {(one.side, one.move): index + len(self.instructions) * (not one.ahead)
+                  for index, one in enumerate(self.instructions)}  # fmt: skip
+        for one in weights:
+            if places["B", one.move] < places["B", Move("run", one.move.stage)]:
+                raise ValueError(f"interleaving {self.name}: {one.move} stands before its stage of the backward")
+
+
+V3 = Interleaving.parse(
+    "v3",
+    """
+    F start dispatch
+    B wait combine | B run experts | B run shared | B start dispatch | B weight experts | B weight shared
+    F wait dispatch | F run shared | F run experts | F start combine
+    B wait dispatch | B run attention_out | B run attention_in | B run finish ahead | B start combine ahead
+    B weight attention_out | B weight attention_in
+    F wait combine | F run finish | F run attention_in ahead | F run attention_out ahead
+    """,
+)
+"""After V3's figure 4: each of the four communications passes under computation of the other side."""
+
+SERIAL = Interleaving.parse(
+    "serial",
+    """
+    F run attention_in | F run attention_out | F start dispatch | F wait dispatch | F run shared | F run experts
+    F start combine | F wait combine | F run finish
+    B run finish | B start combine | B wait combine | B run experts | B weight experts | B run shared | B weight shared
+    B start dispatch | B wait dispatch | B run attention_out | B weight attention_out
+    B run attention_in | B weight attention_in
+    """,
+)
+"""The same pair with every communication waited for at once: layer by layer, nothing hidden."""

@@ -14,7 +14,8 @@ Legend: T tokens, D model.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -22,9 +23,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, distributed
 
-from abyssal.parallel.dispatch.lane import CommunicationError, Lane
-from abyssal.parallel.pipeline.hidden import Timeline
+from abyssal.parallel.dispatch.lane import CommunicationError, Job, Lane
+from abyssal.parallel.pipeline.hidden import Stopwatch
 from abyssal.parallel.pipeline.schedule_record import Schedule, Work
+from abyssal.parallel.pipeline.simulate import simulate
 
 ProcessGroup = distributed.ProcessGroup
 
@@ -88,32 +90,13 @@ def needed_by(schedule: Schedule, work: Work) -> Message | None:
 
 
 def posting_order(schedule: Schedule) -> list[Message]:
-    """Every message, in the order in which actions of one length would make them.
-
-    Raises:
-        ValueError: the schedule stops half-way, because actions wait for one another.
-    """
-    made: set[Message] = set()
-    order: list[Message] = []
-    places = [0] * schedule.num_ranks
-    while any(place < len(actions) for place, actions in zip(places, schedule.actions, strict=True)):
-        ready = []
-        for rank, actions in enumerate(schedule.actions):
-            if places[rank] < len(actions):
-                needs = [needed_by(schedule, work) for work in actions[places[rank]].works]
-                if all(need is None or need in made for need in needs):
-                    ready.append(rank)
-        if not ready:
-            stuck = {rank: str(schedule.actions[rank][place]) for rank, place in enumerate(places)}
-            raise ValueError(f"schedule {schedule.name} stops: its ranks wait for one another at {stuck}")
-        for rank in ready:
-            for work in schedule.actions[rank][places[rank]].works:
-                message = made_by(schedule, work)
-                if message is not None:
-                    made.add(message)
-                    order.append(message)
-            places[rank] += 1
-    return order
+    """Every message between ranks, in the order in which actions of one length would make them."""
+    found: list[tuple[float, int, Message]] = []
+    for rank, spans in enumerate(simulate(schedule).spans):
+        for span in spans:
+            messages = [made_by(schedule, work) for work in span.action.works]
+            found += [(span.end, rank, message) for message in messages if message is not None and not message.stays]
+    return [message for *_, message in sorted(found, key=lambda one: one[:2])]
 
 
 class Messenger:
@@ -123,44 +106,51 @@ class Messenger:
         schedule: whose messages they are.
         rank: this rank's place in ``group``.
         group: that nobody else uses meanwhile; None where all stages are on one rank.
-        timeline: where what is sent, and waits, are noted.
-        timeout: seconds after which a message that does not come, or go, is an error.
+        stopwatch: where what is sent, and waits, are noted.
+        timeout: seconds after which a message that does not come, or go, is an error.  (Over NCCL its own watchdog's.)
+        ordered: the backend has no tags; by default where it has none.
     """
 
     def __init__(
-        self, schedule: Schedule, rank: int, group: ProcessGroup | None, timeline: Timeline, timeout: float
+        self,
+        schedule: Schedule,
+        rank: int,
+        group: ProcessGroup | None,
+        stopwatch: Stopwatch,
+        timeout: float,
+        ordered: bool | None = None,
     ) -> None:
         self._num_stages = schedule.num_stages
         self._rank = rank
         self._group = group
-        self._timeline = timeline
+        self._stopwatch = stopwatch
         self._timeout = timeout
         self._lane = Lane(torch.device("cpu"))
+        if ordered is None:
+            ordered = group is not None and distributed.get_backend(group) != "gloo"
+        self._order = (
+            [one for one in posting_order(schedule) if rank in (one.sender, one.receiver)] if ordered else None
+        )
+        self._due: deque[Message] = deque()
         self._boundary: Boundary | None = None
         self._arriving: dict[Message, tuple[Tensor, Any]] = {}
         self._local: dict[Message, Tensor] = {}
-        self._leaving: list[tuple[float, Any]] = []
+        self._leaving: list[tuple[float, Job[float]]] = []
 
     def begin(self, boundary: Boundary) -> None:
         """A step begins."""
         self._boundary = boundary
+        self._due.extend(self._order or ())
+        self._post_due()
 
     def close(self) -> None:
         """End the thread that waits for what is being sent."""
         self._lane.close()
 
     def post(self, message: Message) -> None:
-        """Make a place for what will come."""
-        if message.stays or message in self._arriving:
-            return
-        assert self._boundary is not None and self._group is not None
-        shape = self._boundary.shapes[message.micro_batch]
-        buffer_TD = torch.empty(shape, dtype=self._boundary.dtype, device=self._boundary.device)
-        try:
-            work = self._group.recv([buffer_TD], message.sender, self._tag(message))
-        except RuntimeError as error:
-            raise self._failed(message, error) from error
-        self._arriving[message] = buffer_TD, work
+        """Make a place for what will come; where there is an order, that was done when it was its turn."""
+        if not message.stays and self._order is None and message not in self._arriving:
+            self._post(message)
 
     def receive(self, message: Message) -> Tensor:
         """What was posted, once it is there.
@@ -170,11 +160,10 @@ class Messenger:
         """
         if message.stays:
             return self._local.pop(message)
-        self.post(message)
         buffer_TD, work = self._arriving.pop(message)
-        with self._timeline.waiting():
+        with self._stopwatch.waiting():
             try:
-                work.wait(timedelta(seconds=self._timeout))
+                _wait(work, buffer_TD, self._timeout)
             except RuntimeError as error:
                 raise self._failed(message, error) from error
         return buffer_TD
@@ -185,13 +174,17 @@ class Messenger:
             self._local[message] = tensor_TD
             return
         assert self._group is not None
-        began = self._timeline.clock()
+        if self._order is not None:
+            assert self._due.popleft() == message, "what a rank makes is in the order of the schedule"
+        began = self._stopwatch.clock()
         tensor_TD = tensor_TD.contiguous()
         try:
             work = self._group.send([tensor_TD], message.receiver, self._tag(message))
         except RuntimeError as error:
             raise self._failed(message, error) from error
-        self._leaving.append((began, self._lane.submit(f"send {message}", _Gone(work, tensor_TD, self._timeout))))
+        gone = _Gone(work, tensor_TD, self._timeout, self._stopwatch.clock)
+        self._leaving.append((began, self._lane.submit(f"the {message} for rank {message.receiver}", gone)))
+        self._post_due()
 
     def finish(self) -> None:
         """Wait until everything has gone.
@@ -201,15 +194,32 @@ class Messenger:
         """
         leaving, self._leaving = self._leaving, []
         for began, job in leaving:
-            with self._timeline.waiting():
+            with self._stopwatch.waiting():
                 try:
                     ended = job.wait()
                 except CommunicationError as error:
-                    raise PipelineError(f"rank {self._rank} of the pipeline: {error}") from error
-            self._timeline.communicated(began, ended)
+                    raise PipelineError(f"rank {self._rank} of the pipeline could not send {error}") from error
+            self._stopwatch.communicated(began, ended)
         assert not self._arriving and not self._local, "a schedule that is complete takes what it is given"
 
+    def _post_due(self) -> None:
+        """Receives up to the next message that this rank is to send itself."""
+        while self._due and self._due[0].sender != self._rank:
+            self._post(self._due.popleft())
+
+    def _post(self, message: Message) -> None:
+        assert self._boundary is not None and self._group is not None
+        shape = self._boundary.shapes[message.micro_batch]
+        buffer_TD = torch.empty(shape, dtype=self._boundary.dtype, device=self._boundary.device)
+        try:
+            work = self._group.recv([buffer_TD], message.sender, self._tag(message))
+        except RuntimeError as error:
+            raise self._failed(message, error) from error
+        self._arriving[message] = buffer_TD, work
+
     def _tag(self, message: Message) -> int:
+        if self._order is not None:
+            return 0
         number = message.micro_batch * self._num_stages + message.stage
         return 2 * number + (message.what == "gradient")
 
@@ -223,14 +233,31 @@ class Messenger:
         )
 
 
-class _Gone:
-    """Waits until a tensor has been sent, holding it until then; gives the time."""
+def _wait(work: Any, tensor_TD: Tensor, timeout: float) -> None:
+    """Until the message is there; on a GPU the stream waits, not the thread."""
+    if tensor_TD.is_cuda:
+        work.wait()
+    else:
+        work.wait(timedelta(seconds=timeout))
 
-    def __init__(self, work: Any, tensor_TD: Tensor, timeout: float) -> None:
+
+class _Gone:
+    """Waits until a tensor has been sent, and holds it until then; gives the time."""
+
+    def __init__(self, work: Any, tensor_TD: Tensor, timeout: float, clock: Callable[[], float]) -> None:
         self._work = work
         self._tensor_TD = tensor_TD
         self._timeout = timeout
+        self._clock = clock
 
     def __call__(self) -> float:
-        self._work.wait(timedelta(seconds=self._timeout))
-        return time.perf_counter()
+        if self._tensor_TD.is_cuda:
+            while not self._work.is_completed():  # waiting would make this thread's stream wait, not the thread
+                time.sleep(_POLL)
+        else:
+            self._work.wait(timedelta(seconds=self._timeout))
+        return self._clock()
+
+
+_POLL = 2e-4
+"""Seconds: a tenth of what a message between stages takes."""
