@@ -82,7 +82,7 @@ def _compare(batch: Batch, dispatcher: RankDispatcher, mesh: Mesh, bound: float)
 
 @pytest.mark.parametrize("spec", MESHES, ids=lambda spec: f"{spec},nodes={spec.num_nodes}")
 def test_rows_weights_and_sums_are_those_of_one_rank(workers, spec: MeshSpec) -> None:
-    workers(spec.world_size)(check_against_one_rank, spec)
+    workers(spec.world_size, timeout=180)(check_against_one_rank, spec)
 
 
 def check_unit_weights(spec: MeshSpec) -> None:
@@ -149,22 +149,24 @@ def check_chunks(spec: MeshSpec) -> None:
 
 
 def check_measured(spec: MeshSpec) -> None:
-    """The first dispatch finds one size for all ranks, counts nothing of its trials and changes nothing."""
+    """Tokens enough to be cut find one size for all ranks; nothing of the trials is counted, and nothing changes."""
     mesh, placement = Mesh(spec), Placement.identity(8, 4)
-    tokens = 150 + 10 * mesh.rank
     generator = torch.Generator().manual_seed(mesh.rank)
-    ids_TK = torch.rand(tokens, 8, generator=generator).argsort(1)[:, :3]
-    x_TD = torch.randint(-99, 99, (tokens, WIDTH), generator=generator).float()
-    given, measured = (open_dispatcher("hierarchical", {LAYER: placement}, mesh, size) for size in (1000, None))
-    for _ in range(2):
+    given = open_dispatcher("hierarchical", {LAYER: placement}, mesh, 1000)
+    measured = HierarchicalDispatcher({LAYER: placement}, mesh)
+    both: tuple[RankDispatcher, ...] = given, measured
+    for tokens in (3, 150 + 10 * mesh.rank, 150 + 10 * mesh.rank):
+        ids_TK = torch.rand(tokens, 8, generator=generator).argsort(1)[:, :3]
+        x_TD = torch.randint(-99, 99, (tokens, WIDTH), generator=generator).float()
         sent = []
-        for dispatcher in (given, measured):
+        for dispatcher in both:
             plan = dispatcher.plan(LAYER, ids_TK)
             rows_AD, _ = dispatcher.start_dispatch(x_TD, None, plan).wait()
             assert torch.equal(dispatcher.start_combine(rows_AD, None, plan).wait()[0], 3 * x_TD)
             sent.append((rows_AD, dispatcher.traffic.dispatch.across, dispatcher.traffic.combine.across))
         assert torch.equal(sent[0][0], sent[1][0]) and sent[0][1:] == sent[1][1:]
-    assert isinstance(measured, HierarchicalDispatcher) and measured.chunk_size is not None
+        assert (measured.chunk_size is None) == (tokens == 3)
+    assert measured.chunk_size is not None
     assert list(measured.chunk_size.seconds) == [180, 90]
     sizes: list[object] = [None] * 4
     distributed.all_gather_object(sizes, measured.chunk_size)

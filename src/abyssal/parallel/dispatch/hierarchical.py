@@ -15,7 +15,7 @@ gradients are never added and come back as they are.
 What travels in dispatch are the bytes that it is given: FP8 where the recipe quantises tokens.
 
 Tokens are cut into chunks, and one crosses while the one before is handed on.  The size of a chunk changes no bits; it
-is measured with the first tokens that are dispatched (``dispatch/tune.py``) unless it is given.
+is measured with the first tokens that are many enough to be cut (``dispatch/tune.py``) unless it is given.
 
 The trade-off not taken: the sum of a node's partial sums in FP32 on the way, twice the bytes.
 
@@ -40,7 +40,7 @@ from abyssal.parallel.dispatch.lane import Lane
 from abyssal.parallel.dispatch.links import LinkBytes, Traffic
 from abyssal.parallel.dispatch.order import inverse, sorting
 from abyssal.parallel.dispatch.routes import Held, chunk_size, summands, tokens_held
-from abyssal.parallel.dispatch.tune import ChunkSize, measure
+from abyssal.parallel.dispatch.tune import ChunkSize, measure, worth_measuring
 from abyssal.parallel.mesh import Mesh
 from abyssal.spec.placement import Placement
 
@@ -85,7 +85,8 @@ class HierarchicalDispatcher:
 
     Args:
         placements: the placement of each MoE layer's experts, over as many ranks as the expert group has.
-        chunk_tokens: how many of a rank's tokens cross at once; None: found by measurement at the first dispatch.
+        chunk_tokens: how many of a rank's tokens cross at once; None: found by measurement, at the first
+            dispatch of tokens enough to be cut, and until then all at once.
 
     Attributes:
         chunk_size: what was measured; None before, or where nothing was.
@@ -101,7 +102,8 @@ class HierarchicalDispatcher:
         self.chunk_size: ChunkSize | None = None
         self._mesh = mesh
         self._across, self._inside = Peers(mesh.across, mesh.spec), Peers(mesh.inside, mesh.spec)
-        self._chunk_tokens = chunk_tokens  # read and written by the lane's thread alone, at the same point on all ranks
+        # From here on these two are the lane's thread's alone, which is at the same point on all ranks.
+        self._chunk_tokens = chunk_tokens
         self._untried = chunk_tokens is None and min(self._across.size, self._inside.size) > 1
         self._lane = Lane(mesh.device)
         self.place(placements)
@@ -132,21 +134,20 @@ class HierarchicalDispatcher:
     def start_dispatch(self, x_TD: Tensor, weights_TK: Tensor | None, plan: HierarchicalPlan) -> Handle[Sent]:
         """As the protocol says; ValueError for other tokens than the plan's."""
         check_rows("tokens", len(x_TD), len(plan.slots_TK))
-        if self._untried:
-            self._untried = False
-            self._lane.submit("measurement of chunk sizes", lambda: self._measure(x_TD, plan))
-
         counted = self.traffic.dispatch
 
         def send() -> Sent:
-            return _dispatch(plan.route.wait(), x_TD, weights_TK, counted)
+            route = plan.route.wait()
+            if self._untried and worth_measuring(route.inside.most_tokens):
+                self._untried = False
+                self._measure(x_TD, plan, route.inside.most_tokens)
+            return _dispatch(route, x_TD, weights_TK, counted)
 
         return self._lane.submit(f"dispatch of layer {plan.layer}", send)
 
     def start_combine(self, rows_AD: Tensor, weights_A: Tensor | None, plan: HierarchicalPlan) -> Handle[Sent]:
         """As the protocol says; ValueError for other rows than the plan's."""
         check_rows("rows", len(rows_AD), sum(plan.counts))
-
         counted = self.traffic.combine
 
         def send() -> Sent:
@@ -161,11 +162,12 @@ class HierarchicalDispatcher:
         nodes, ranks, tokens = self._across.size, self._inside.size, len(slots_TK)
         chunks = max(-(-tokens // chunk_size(tokens, chunk_tokens)), 1)
         held = tokens_held(slots_TK, chunk_tokens)
-        across, held = open_hop(self._across, held, ranks * slots, 1, chunks, own, counted)
-        inside, held = open_hop(self._inside, held, slots, nodes, across.num_chunks, own, counted)
+        across, held = open_hop(self._across, held, ranks * slots, 1, chunks, tokens, own, counted)
+        chunks, tokens = across.num_chunks, across.most_tokens
+        inside, held = open_hop(self._inside, held, slots, nodes, chunks, tokens, own, counted)
         return _at_experts(across, inside, held, slots)
 
-    def _measure(self, x_TD: Tensor, plan: HierarchicalPlan) -> None:
+    def _measure(self, x_TD: Tensor, plan: HierarchicalPlan, most_tokens: int) -> None:
         """Find the size of chunks for the plans to come, with these tokens; on the lane's thread."""
         slots_per_rank, uncounted = len(plan.counts), LinkBytes()
 
@@ -174,7 +176,7 @@ class HierarchicalDispatcher:
             rows_AD, _ = _dispatch(route, x_TD, None, uncounted)
             _combine(route, rows_AD if rows_AD.is_floating_point() else rows_AD.bfloat16(), None, uncounted)
 
-        self.chunk_size = measure(trial, len(x_TD), self._mesh.experts, self._mesh.device)
+        self.chunk_size = measure(trial, most_tokens, self._mesh.experts, self._mesh.device)
         self._chunk_tokens = self.chunk_size.tokens
 
 

@@ -56,6 +56,8 @@ class Hop:
     sums_PW: Tensor
     order_E: Tensor
     inverse_E: Tensor
+    most_tokens: int
+    """Of any rank from which copies may come this way."""
 
     @property
     def num_chunks(self) -> int:
@@ -80,7 +82,14 @@ class Hop:
 
 
 def open_hop(
-    peers: Peers, held: Held, slots_per_peer: int, num_sources: int, num_chunks: int, own: int, counted: LinkBytes
+    peers: Peers,
+    held: Held,
+    slots_per_peer: int,
+    num_sources: int,
+    num_chunks: int,
+    tokens: int,
+    own: int,
+    counted: LinkBytes,
 ) -> tuple[Hop, Held]:
     """Tell the peers what they will get, and learn what arrives from them.
 
@@ -88,23 +97,35 @@ def open_hop(
 
     Args:
         num_chunks: of what is held here.
+        tokens: the most tokens of any rank that this one knows of.
         own: this rank's fingerprint of the plan.
     """
     departure = depart(held, peers.size, slots_per_peer, num_sources, num_chunks)
     sizes_RS2, ones = departure.sizes_RS2, [1] * peers.size
-    message = torch.cat([sizes_RS2.flatten(1), sizes_RS2.new_tensor([[num_chunks, own]]).expand(peers.size, 2)], 1)
+    about = sizes_RS2.new_tensor([[num_chunks, tokens, own]]).expand(peers.size, 3)
+    message = torch.cat([sizes_RS2.flatten(1), about], 1)
     answers = finished(*peers.exchange(message, ones, ones, counted))
     check_fingerprints(own, answers[:, -1].tolist())
-    most_chunks, arriving_RS2 = int(answers[:, -2].max()), answers[:, :-2].view_as(sizes_RS2)
+    most_chunks, most_tokens = answers[:, -3:-1].amax(0).tolist()
+    arriving_RS2 = answers[:, :-3].view_as(sizes_RS2)
     choices = sizes_RS2[..., 1].sum(1).tolist(), arriving_RS2[..., 1].sum(1).tolist()
     codes_E = finished(*peers.exchange(departure.codes_E, *choices, counted))
     arrived = copies_held(codes_E, arriving_RS2, most_chunks)
     group_P = arrived.source_P // num_sources * most_chunks + arrived.chunk_P
     arrived_RC = torch.bincount(group_P, minlength=peers.size * most_chunks).view(peers.size, -1)
     departing_RC = functional.pad(departure.copies_RC, (0, most_chunks - num_chunks))
-    sums_PW, order_E = departure.sums_PW, departure.order_E
-    sent, received = Rows.of(departing_RC), Rows.of(arrived_RC)
-    return Hop(peers, sent, received, *choices, departure.gather_Q, sums_PW, order_E, inverse(order_E)), arrived
+    hop = Hop(
+        peers,
+        Rows.of(departing_RC),
+        Rows.of(arrived_RC),
+        *choices,
+        departure.gather_Q,
+        departure.sums_PW,
+        departure.order_E,
+        inverse(departure.order_E),
+        most_tokens,
+    )
+    return hop, arrived
 
 
 def travel_out(

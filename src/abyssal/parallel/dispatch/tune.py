@@ -1,7 +1,7 @@
 """How many tokens cross between nodes at once: found by trying, on the shapes that are dispatched.
 
 Small chunks let the two hops overlap, and each costs a message to every peer.  Where the two balance depends on the
-links, so a few sizes are tried with the first tokens that a dispatcher is given, and all ranks choose the one whose
+links, so a few sizes are tried with the first tokens that are many enough to be cut, and all ranks choose the one whose
 slowest rank was fastest.  The choice changes no bits, so the first step may be measured and the rest run with it.
 """
 
@@ -31,26 +31,27 @@ class ChunkSize:
     """Of dispatch and combine for each size tried: of the best trial, on the slowest rank."""
 
 
-def candidates(tokens: int) -> list[int]:
-    """Sizes to try where no rank has more than ``tokens``, from whole to small."""
-    sizes = {-(-tokens // cut) for cut in CUTS}
-    return sorted({max(tokens, 1)} | {size for size in sizes if size >= FEWEST_TOKENS}, reverse=True)
+def candidates(most_tokens: int) -> list[int]:
+    """Sizes to try where no rank has more tokens, from whole to small."""
+    sizes = {-(-most_tokens // cut) for cut in CUTS}
+    return sorted({max(most_tokens, 1)} | {size for size in sizes if size >= FEWEST_TOKENS}, reverse=True)
+
+
+def worth_measuring(most_tokens: int) -> bool:
+    """Whether there is more than one size to try."""
+    return len(candidates(most_tokens)) > 1
 
 
 def measure(
-    trial: Callable[[int], None], tokens: int, group: distributed.ProcessGroup, device: torch.device
+    trial: Callable[[int], None], most_tokens: int, group: distributed.ProcessGroup, device: torch.device
 ) -> ChunkSize:
     """Run ``trial`` with each size on all ranks of ``group`` and choose together.
 
     Args:
         trial: dispatches and combines with chunks of so many tokens.
-        tokens: of this rank; others may have more or fewer.
+        most_tokens: of any rank.
     """
-    most = torch.tensor([tokens], device=device)
-    distributed.all_reduce(most, distributed.ReduceOp.MAX, group)
-    sizes = candidates(int(most))
-    if len(sizes) == 1:
-        return ChunkSize(sizes[0], {})
+    sizes = candidates(most_tokens)
     seconds = torch.tensor([_best(lambda size=size: trial(size), device) for size in sizes], device=device)
     distributed.all_reduce(seconds, distributed.ReduceOp.MAX, group)
     return choose(dict(zip(sizes, seconds.tolist(), strict=True)))
