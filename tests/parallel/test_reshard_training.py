@@ -43,6 +43,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "adapters": {"compute": "bfloat16"},
 }
 
+OFTEN = ("BF16, moments in BF16, an average", "adapters")
+
 
 @contextlib.contextmanager
 def opened(mesh_text: str, redundant: int, name: str) -> Iterator[Trainer]:
@@ -109,7 +111,9 @@ def travel(workers: WorkerPool, folder: Path, name: str, meshes: list[tuple[str,
     assert first is not None and any(key.startswith("optimizer/") for key in first[0])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+)
 def test_there_and_back(name: str, workers: WorkerPool, tmp_path: Path) -> None:
     travel(workers, tmp_path, name, [("dp=4,ep=2", 4), ("dp=2,ep=2", 0), (ALONE, 0), ("dp=4,ep=4", 4)])
 
