@@ -154,7 +154,7 @@ def check_measured(spec: MeshSpec) -> None:
     generator = torch.Generator().manual_seed(mesh.rank)
     given = open_dispatcher("hierarchical", {LAYER: placement}, mesh, 1000)
     measured = HierarchicalDispatcher({LAYER: placement}, mesh)
-    both: tuple[RankDispatcher, ...] = given, measured
+    both: list[RankDispatcher] = [given, measured]
     for tokens in (3, 150 + 10 * mesh.rank, 150 + 10 * mesh.rank):
         ids_TK = torch.rand(tokens, 8, generator=generator).argsort(1)[:, :3]
         x_TD = torch.randint(-99, 99, (tokens, WIDTH), generator=generator).float()

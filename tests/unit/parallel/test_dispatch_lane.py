@@ -62,6 +62,15 @@ def test_close_ends_the_thread_after_what_was_queued() -> None:
         lane.submit("dispatch of layer 2", lambda: None)
 
 
+def test_a_lane_that_is_forgotten_ends_its_thread() -> None:
+    lane, before = Lane(torch.device("cpu")), threading.active_count()
+    lane.submit("work", lambda: None).wait()
+    thread = next(thread for thread in threading.enumerate() if thread.name == "dispatch")
+    del lane
+    thread.join(10)
+    assert not thread.is_alive() and threading.active_count() == before
+
+
 def test_close_leaves_work_that_hangs_to_itself() -> None:
     lane, gate = Lane(torch.device("cpu")), threading.Event()
     job = lane.submit("work", lambda: gate.wait(10))

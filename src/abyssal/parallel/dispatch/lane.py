@@ -16,6 +16,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -32,6 +33,8 @@ class CommunicationError(RuntimeError):
 class Lane:
     """A thread for the collectives of one dispatcher.  It starts with the first work and is a daemon.
 
+    The thread ends when the lane is closed, or when nobody has it any more.
+
     Args:
         device: of the tensors; on a GPU the work goes to a stream of its own.
     """
@@ -39,38 +42,41 @@ class Lane:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
+        self._jobs: Jobs = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._failure: str | None = None
-        self._closed = False
+        self._end = weakref.finalize(self, self._jobs.put, None)
 
     def submit(self, doing: str, function: Callable[[], Result]) -> Job[Result]:
         """Queue ``function``; ``doing`` is how an error names it.  Tensors that it reads must not change until then."""
-        if self._closed:
+        if not self._end.alive:
             raise CommunicationError(f"{doing}: the dispatcher is closed; open another")
         job = Job(doing, function, self._stream)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="dispatch", daemon=True)
+            arguments = self._jobs, self._device, self._stream
+            self._thread = threading.Thread(target=_serve, args=arguments, name="dispatch", daemon=True)
             self._thread.start()
         self._jobs.put(job)
         return job
 
     def close(self, timeout: float = 5.0) -> None:
         """End the thread once the work queued so far is done; work that hangs is left to the group's own timeout."""
-        self._closed = True
+        self._end()
         if self._thread is not None:
-            self._jobs.put(None)
             self._thread.join(timeout)
             self._thread = None
 
-    def _serve(self) -> None:
-        if self._stream is not None:
-            torch.cuda.set_device(self._device)
-        with torch.no_grad(), torch.cuda.stream(self._stream):
-            while (job := self._jobs.get()) is not None:
-                job.run(self._failure)
-                # Once a rank left out a collective, the next would meet another of its peers'.
-                self._failure = self._failure or job.failure
+
+def _serve(jobs: Jobs, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+    """The thread's life.  It does not know the lane, which may so be forgotten."""
+    if stream is not None:
+        torch.cuda.set_device(device)
+    failure: str | None = None
+    with torch.no_grad(), torch.cuda.stream(stream):
+        while (job := jobs.get()) is not None:
+            job.run(failure)
+            # Once a rank left out a collective, the next would meet another of its peers'.
+            failure = failure or job.failure
+            del job
 
 
 class Job(Generic[Result]):
@@ -132,3 +138,6 @@ class Job(Generic[Result]):
                     tensor.record_stream(stream)
             self._function = None
         return self._result  # type: ignore[return-value]
+
+
+Jobs = queue.SimpleQueue[Job[Any] | None]
