@@ -59,7 +59,13 @@ def _parser() -> OneLineParser:
         "--weight", type=float, default=1.0, metavar="W", help="backward, the weights' gradients (default 1)"
     )
     times.add_argument("--pair", type=float, metavar="F&B", help="a forward and a backward overlapped (default F+I+W)")
-    times.add_argument("--send", type=float, default=0.0, metavar="S", help="a message between ranks (default 0)")
+    times.add_argument(
+        "--send",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="a message between ranks (default 0; the closed forms know of none)",
+    )
     parser.add_argument("--png", type=Path, metavar="FILE", help="write a picture")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="write a picture that can be enlarged")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for ui.perfetto.dev")

@@ -38,4 +38,4 @@ def directions_of(schedule: Schedule) -> tuple[str, ...]:
     if schedule.num_stages == schedule.num_ranks:
         return "from rank 0 up", f"from rank {schedule.num_ranks - 1} down"
     last = schedule.num_stages - 1
-    return f"stages 0 to {schedule.num_ranks - 1}", f"stages {schedule.num_ranks} to {last}, on the way back"
+    return f"stages 0 to {schedule.num_ranks - 1}", f"stages {schedule.num_ranks} to {last}"

@@ -47,7 +47,7 @@ def bands(timeline: Timeline, width: int) -> list[Band]:
     for begin in range(0, length, width):
         end = min(begin + width, length)
         rows = tuple(tuple(_cut(line, begin, end)) for line in lines)
-        made.append(Band(begin / scale, min(end / scale, timeline.makespan), rows))
+        made.append(Band(begin / scale, timeline.makespan if end == length else end / scale, rows))
     return made
 
 
