@@ -51,7 +51,7 @@ class Executor:
         pair: what runs two works that overlap.
         stopwatch: where times are noted; give the same to a ``MeasuredDispatcher``.
         timeout: seconds after which a message that does not come is an error.
-        ordered: messages are told apart by their order, not by tags; by default where the backend has no tags.
+        ordered: messages are told apart by their order, not by tags; by default on GPUs, as NCCL has no tags.
 
     Raises:
         ValueError: a schedule that is not complete or would never end, or does not fit the group or the chunks.

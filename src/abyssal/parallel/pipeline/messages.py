@@ -108,7 +108,7 @@ class Messenger:
         group: that nobody else uses meanwhile; None where all stages are on one rank.
         stopwatch: where what is sent, and waits, are noted.
         timeout: seconds after which a message that does not come, or go, is an error.  (Over NCCL its own watchdog's.)
-        ordered: the backend has no tags; by default where it has none.
+        ordered: tell messages apart by their order; by default for tensors of a GPU, as NCCL has no tags.
     """
 
     def __init__(
@@ -120,17 +120,14 @@ class Messenger:
         timeout: float,
         ordered: bool | None = None,
     ) -> None:
-        self._num_stages = schedule.num_stages
+        self._schedule = schedule
         self._rank = rank
         self._group = group
         self._stopwatch = stopwatch
         self._timeout = timeout
         self._lane = Lane(torch.device("cpu"))
-        if ordered is None:
-            ordered = group is not None and distributed.get_backend(group) != "gloo"
-        self._order = (
-            [one for one in posting_order(schedule) if rank in (one.sender, one.receiver)] if ordered else None
-        )
+        self._ordered = ordered
+        self._order: list[Message] | None = None
         self._due: deque[Message] = deque()
         self._boundary: Boundary | None = None
         self._arriving: dict[Message, tuple[Tensor, Any]] = {}
@@ -140,6 +137,10 @@ class Messenger:
     def begin(self, boundary: Boundary) -> None:
         """A step begins."""
         self._boundary = boundary
+        ordered = boundary.device.type == "cuda" if self._ordered is None else self._ordered
+        if ordered and self._order is None:
+            order = posting_order(self._schedule)
+            self._order = [one for one in order if self._rank in (one.sender, one.receiver)]
         self._due.extend(self._order or ())
         self._post_due()
 
@@ -220,7 +221,7 @@ class Messenger:
     def _tag(self, message: Message) -> int:
         if self._order is not None:
             return 0
-        number = message.micro_batch * self._num_stages + message.stage
+        number = message.micro_batch * self._schedule.num_stages + message.stage
         return 2 * number + (message.what == "gradient")
 
     def _failed(self, message: Message, error: Exception) -> PipelineError:
