@@ -54,16 +54,16 @@ FEATURES = {
 
 
 @cache
-def _reference(masked: bool, lora: bool, config: str) -> Outcome:
+def _reference(masked: bool, lora: bool, num_layers: int, config: str) -> Outcome:
     """Of all cases that differ only in how they are spread."""
-    return reference(Case(masked=masked, lora=lora, config=dict(_CONFIGS[config])))
+    return reference(Case(masked=masked, lora=lora, num_layers=num_layers, config=dict(_CONFIGS[config])))
 
 
 _CONFIGS: dict[str, dict[str, Any]] = {"": {}, **{name: case.config for name, case in FEATURES.items()}}
 
 
 def check(case: Case, workers: WorkerPool, config: str = "") -> None:
-    wanted = _reference(case.masked, case.lora, config)
+    wanted = _reference(case.masked, case.lora, case.num_layers, config)
     found = workers(case.world_size, timeout=300)(on_a_rank, case)
     for outcome in found:
         assert outcome.loads == wanted.loads

@@ -22,6 +22,7 @@ from abyssal.train.config import BalanceConfig, OptimizerConfig, ParallelConfig,
 from abyssal.train.loop import build_model
 from abyssal.train.masters import as_saved
 from abyssal.train.ranks import expert_share
+from abyssal.train.stages import plan_pipeline
 from abyssal.train.step import StepResult, Trainer
 
 SPEC = ModelSpec(
@@ -63,6 +64,9 @@ class Case:
     ranks_per_node: int | None = None
     dispatch: Any = "alltoall"
     micro_batch_size: int | None = None
+    schedule: Any = "dualpipe"
+    stage_layers: tuple[int, ...] | None = None
+    num_layers: int = 2
     redundant: int = 0
     moves: bool = False
     """Change the placement after every third step."""
@@ -73,6 +77,10 @@ class Case:
     """Documents, and targets that are not learned, unevenly over the rows."""
     forced: Mapping[int, Tensor] | None = None
     """Expert ids (T, K) of the global batch, by layer."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        return dataclasses.replace(SPEC, num_layers=self.num_layers)
 
     @property
     def world_size(self) -> int:
@@ -114,7 +122,7 @@ def batch(step: int, masked: bool = False) -> Batch:
 def config_of(case: Case) -> TrainConfig:
     parallel = ParallelConfig(
         mesh=case.mesh, ranks_per_node=case.ranks_per_node, dispatch=case.dispatch, redundant_experts=case.redundant,
-        rebalance_every=3 if case.moves else 0,
+        rebalance_every=3 if case.moves else 0, schedule=case.schedule, stage_layers=case.stage_layers,
     )  # fmt: skip
     fields = {"micro_batch_size": case.micro_batch_size, "parallel": parallel, **case.config}
     return dataclasses.replace(CONFIG, **fields)
@@ -123,7 +131,7 @@ def config_of(case: Case) -> TrainConfig:
 def reference(case: Case, steps: int = 20) -> Outcome:
     """The same on one rank, the batch in one piece."""
     config = dataclasses.replace(config_of(case), parallel=ParallelConfig(), micro_batch_size=None)
-    model = build_model(SPEC, config)
+    model = build_model(case.spec, config)
     if case.lora:
         add_lora(model, LORA, torch.Generator().manual_seed(3))
     return run(Trainer(model, config), case, steps)
@@ -138,11 +146,13 @@ def on_a_rank(case: Case, steps: int = 20) -> Outcome:
     spec = config.parallel.mesh_spec(distributed.get_world_size())
     mesh = Mesh(spec)
     try:
-        share = expert_share(SPEC, config.parallel, spec, mesh.rank)
-        model = build_model(SPEC, config, share)
+        pipeline = plan_pipeline(case.spec, config, spec)
+        part = None if pipeline is None else pipeline.part(mesh.place.stage)
+        share = expert_share(case.spec, config.parallel, spec, mesh.rank, part)
+        model = build_model(case.spec, config, share)
         if case.lora:
             add_lora(model, LORA, torch.Generator().manual_seed(3))
-        trainer = Trainer(model, config, mesh)
+        trainer = Trainer(model, config, mesh, pipeline=pipeline)
         try:
             return run(trainer, case, steps)
         finally:
@@ -221,12 +231,9 @@ def whole(parts: list[Mapping[str, Any]]) -> dict[str, Tensor]:
     """The tensors that the ranks hold together; every element must be held once."""
     found: dict[str, Tensor] = {}
     for name in parts[0]:
-        values = [part[name] for part in parts]
-        if isinstance(values[0], Tensor):
-            found[name] = values[0]
-            continue
+        values = [_as_shards(part[name]) for part in parts]
         shape = values[0][0]
-        dtype = next(tensor.dtype for _, shards in values if isinstance(_, tuple) for __, tensor in shards)
+        dtype = next(tensor.dtype for _, shards in values for _, tensor in shards)
         tensor, held = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=torch.int64)
         for _, shards in values:
             for offsets, shard in shards:
@@ -236,6 +243,12 @@ def whole(parts: list[Mapping[str, Any]]) -> dict[str, Tensor]:
         assert (held == 1).all(), f"{name}: held {held.min()} to {held.max()} times"
         found[name] = tensor
     return found
+
+
+def _as_shards(value: Any) -> tuple[tuple[int, ...], list[tuple[tuple[int, ...], Tensor]]]:
+    if not isinstance(value, Tensor):
+        return value
+    return tuple(value.shape), [((0,) * value.dim(), value)]
 
 
 def worst_difference(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> tuple[float, str]:

@@ -21,6 +21,7 @@ from abyssal.model.dispatch import Dispatcher, LocalDispatcher
 from abyssal.model.experts import Experts
 from abyssal.model.mtp import MTPModule
 from abyssal.model.norm import RMSNorm
+from abyssal.model.part import ModelPart
 from abyssal.model.rope import rope_frequencies, rotation
 from abyssal.model.step import Step
 from abyssal.precision.linear import Linear, gradient_dtype, linear
@@ -71,6 +72,7 @@ class Transformer(nn.Module):
         placements: by layer, where the routed experts are; the identity where absent.
         device, dtype: of the parameters.
         expert_rank: which of the placements' ranks this is: it holds the experts in that rank's slots.
+        part: the layers to hold; the others are on the meta device, and are not trained.
 
     Raises:
         ValueError: a placement of another number of experts, or for a layer without experts.
@@ -84,27 +86,41 @@ class Transformer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         expert_rank: int = 0,
+        part: ModelPart | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.part = part
         self.recipe = recipe = recipe or Recipe()
         self.expert_rank = expert_rank
         placements = placements or {}
-        self.embed = Embedding(spec.vocab_size, spec.hidden_size, device, dtype)
-        self.layers = nn.ModuleList(
-            Block(spec, layer, not spec.is_moe_layer(layer), recipe, placements.get(layer), device, dtype, expert_rank)
-            for layer in range(spec.num_layers)
+        begin, end = (
+            (device, device)
+            if part is None
+            else (device if part.has_embedding(spec) else "meta", device if part.end else "meta")
         )
-        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, device, dtype)
+
+        def block(layer: int) -> Block:
+            on = device if part is None or layer in part.layers else "meta"
+            return Block(
+                spec, layer, not spec.is_moe_layer(layer), recipe, placements.get(layer), on, dtype, expert_rank
+            )
+
+        self.embed = Embedding(spec.vocab_size, spec.hidden_size, begin, dtype)
+        self.layers = nn.ModuleList(block(layer) for layer in range(spec.num_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, end, dtype)
         self.head = (
             None
             if spec.tie_embeddings
-            else Linear(spec.hidden_size, spec.vocab_size, recipe.product("head"), device=device, dtype=dtype)
+            else Linear(spec.hidden_size, spec.vocab_size, recipe.product("head"), device=end, dtype=dtype)
         )
         self.mtp = nn.ModuleList(
-            MTPModule(spec, depth, recipe, placements.get(spec.num_layers + depth), device, dtype, expert_rank)
+            MTPModule(spec, depth, recipe, placements.get(spec.num_layers + depth), end, dtype, expert_rank)
             for depth in range(spec.mtp_depth)
         )
+        if part is not None:
+            for parameter in self.parameters():
+                parameter.requires_grad_(not parameter.is_meta)
 
         self._dispatcher: LocalDispatcher | None = None
         self._frequencies: Tensor | None = None
@@ -115,6 +131,11 @@ class Transformer(nn.Module):
             raise ValueError(f"{argument}: layers {stray[:8]} have no experts; those that do: {[*self.placements()]}")
 
     @property
+    def device(self) -> torch.device:
+        """Of what it holds."""
+        return next(parameter.device for parameter in self.parameters() if self.part is None or not parameter.is_meta)
+
+    @property
     def head_weight(self) -> Tensor:
         """(V, D), the embedding itself when tied."""
         return self.embed.weight if self.head is None else self.head.weight
@@ -123,7 +144,8 @@ class Transformer(nn.Module):
     def init_weights(self, generator: torch.Generator) -> None:
         """Matrices normal with standard deviation ``spec.init_std``, norms one, correction biases zero.
 
-        Experts are drawn one after another, so that a rank that holds some of them has those of the whole model.
+        Experts are drawn one after another, and what is elsewhere too, so that a rank that holds some of a model has
+        those values of the whole model.
         """
         for name, parameter in self.named_parameters():
             owner = self.get_submodule(name.rpartition(".")[0])
@@ -132,19 +154,20 @@ class Transformer(nn.Module):
             elif isinstance(owner, Experts):
                 self._draw_experts(parameter, owner, generator)
             else:
-                parameter.normal_(0.0, self.spec.init_std, generator=generator)
+                drawn = torch.empty_like(parameter, device=generator.device) if parameter.is_meta else parameter
+                drawn.normal_(0.0, self.spec.init_std, generator=generator)
         for buffer in self.buffers():
             buffer.zero_()
 
     def _draw_experts(self, stacked_E: Tensor, experts: Experts, generator: torch.Generator) -> None:
         """As one draw over all logical experts, of which those in local slots are kept."""
-        num_experts, slots = experts.placement.num_experts, experts.slots
+        num_experts, slots = experts.placement.num_experts, () if stacked_E.is_meta else experts.slots
         if slots == tuple(range(num_experts)):
             stacked_E.normal_(0.0, self.spec.init_std, generator=generator)
             return
         # torch draws sixteen numbers at a time: in pieces of so many, one draw and many are the same.
         together = 1 if stacked_E[0].numel() % 16 == 0 else num_experts
-        drawn = torch.empty(together, *stacked_E.shape[1:], dtype=stacked_E.dtype, device=stacked_E.device)
+        drawn = torch.empty(together, *stacked_E.shape[1:], dtype=stacked_E.dtype, device=generator.device)
         for first in range(0, num_experts, together):
             drawn.normal_(0.0, self.spec.init_std, generator=generator)
             for slot, expert in enumerate(slots):
@@ -170,7 +193,7 @@ class Transformer(nn.Module):
 
     def local_dispatcher(self) -> LocalDispatcher:
         """The dispatcher of a single rank for the present placements."""
-        placements, device = self.placements(), self.embed.weight.device
+        placements, device = self.placements(), self.device
         found = self._dispatcher
         if found is None or found.device != device or found.placements != placements:
             with torch.inference_mode(False):  # it outlives the pass that asked first

@@ -72,6 +72,12 @@ class Mesh:
         return self.place.rank == 0
 
     def _own(self, groups: list[list[int]], backend: str | None = None) -> ProcessGroup:
+        own = self.group(groups, backend)
+        assert own is not None, "every rank is in one group of each kind"
+        return own
+
+    def group(self, groups: list[list[int]], backend: str | None = None) -> ProcessGroup | None:
+        """Make these groups, of which this rank is in one or in none; all ranks make them together."""
         own: ProcessGroup | None = None
         for ranks in groups:
             group = distributed.new_group(ranks, timeout=self._timeout, backend=backend)
@@ -79,7 +85,6 @@ class Mesh:
                 assert isinstance(group, ProcessGroup)
                 own = group
                 self._groups.append(group)
-        assert own is not None, "every rank is in one group of each kind"
         return own
 
     def close(self) -> None:

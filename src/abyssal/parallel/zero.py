@@ -28,6 +28,7 @@ from torch import Tensor, distributed, nn
 from abyssal.model.experts import Experts, MoE
 from abyssal.model.transformer import Transformer
 from abyssal.parallel.bucket import Bucket, grouped
+from abyssal.parallel.holders import Sharing, trained_elsewhere
 from abyssal.parallel.homes import Homes, homes
 from abyssal.parallel.matrix import Matrix
 from abyssal.parallel.mesh import Mesh
@@ -57,15 +58,25 @@ class ShardedMasters:
     Args:
         model: its parameters in FP32 (FP64 in FP64 runs); they are put into the dtype that is stored.
         movable: whether experts may be placed anew.  If not, an expert that has one owner is its own master.
+        sharing: who holds what of a model in a pipeline.
 
     Attributes:
         tensors: masters by key; what the optimizer moves.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, waiting: Waiting, movable: bool = False) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        mesh: Mesh,
+        waiting: Waiting,
+        movable: bool = False,
+        sharing: Sharing | None = None,
+    ) -> None:
         self._model, self._mesh, self._waiting = model, mesh, waiting
+        self.sharing = sharing or Sharing(mesh)
         self._homes = Homes(mesh.homes, waiting)
-        self._parts = [_Part(model, names, mesh, self._homes, waiting) for names in _buckets(model)]
+        buckets = _buckets(model, self.sharing)
+        self._parts = [_Part(model, names, self.sharing, self._homes, waiting) for names in buckets]
         self.tensors: dict[str, Tensor] = {}
         for part in self._parts:
             self.tensors |= part.adopt(movable)
@@ -99,7 +110,7 @@ class ShardedMasters:
         own = nn.utils.get_total_norm(parts) if parts else torch.zeros((), device=self._mesh.device)
         square = own.to(torch.float64).square()
         with self._waiting:
-            distributed.all_reduce(square, group=self._mesh.data)
+            distributed.all_reduce(square)
         return square.sqrt()
 
     def zero_grad(self) -> None:
@@ -172,7 +183,8 @@ class ShardedMasters:
     @torch.no_grad()
     def _move_frozen(self, experts: Experts, placement: Placement) -> None:
         """Weights that have no master, under adapters, by way of their homes."""
-        frozen = [parameter.data for parameter in experts.parameters(recurse=False) if not parameter.requires_grad]
+        own = (parameter for parameter in experts.parameters(recurse=False) if not parameter.is_meta)
+        frozen = [parameter.data for parameter in own if not parameter.requires_grad]
         for tensor in frozen:  # one at a time: the memory of the largest
             at_home = self._homes.to_homes([tensor], [experts.placement], first_only=True)
             self._homes.to_slots(at_home, [tensor], [placement])
@@ -180,8 +192,12 @@ class ShardedMasters:
     # ---- checkpoints ----
 
     def whole_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every trained parameter, with all logical experts."""
-        return {matrix.parameter: matrix.whole_shape for part in self._parts for matrix in part.bucket.matrices}
+        """Of every trained parameter, with all logical experts; those that other stages train, too."""
+        shapes = {matrix.parameter: matrix.whole_shape for part in self._parts for matrix in part.bucket.matrices}
+        for name in trained_elsewhere(self._model):
+            owner, shape = _owner(self._model, name), tuple(self._model.get_parameter(name).shape)
+            shapes[name] = (owner.placement.num_experts, *shape[1:]) if isinstance(owner, Experts) else shape
+        return shapes
 
     def owned(self, values: Mapping[str, Tensor]) -> Iterator[Owned]:
         """Masters, or what is kept beside each under the same key, as rectangles of the whole parameters."""
@@ -201,14 +217,14 @@ def _finish(parts: Sequence[_Part], *_: object) -> None:
         part.finish_gather()
 
 
-def _buckets(model: Transformer) -> list[list[str]]:
-    """Names of the parameters that travel together, in the order of the forward: those of one kind and dtype."""
-    stored, kinds = stored_dtypes(model), dict[tuple[bool, torch.dtype], list[str]]()
+def _buckets(model: Transformer, sharing: Sharing) -> list[list[str]]:
+    """Names of the parameters that travel together, in the order of the forward: those of one kind, dtype and group."""
+    stored, kinds = stored_dtypes(model), dict[tuple[bool, torch.dtype, str], list[str]]()
     order = {name: number for number, (name, _) in enumerate(model.named_parameters())}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not parameter.is_meta:
             is_expert = isinstance(_owner(model, name), Experts)
-            kinds.setdefault((is_expert, stored[name]), []).append(name)
+            kinds.setdefault((is_expert, stored[name], str(sharing.key(name))), []).append(name)
     found = []
     for names in kinds.values():
         sizes = [model.get_parameter(name).numel() for name in names]
@@ -223,13 +239,15 @@ def _owner(model: nn.Module, name: str) -> nn.Module:
 class _Part:
     """A bucket with the parameters that it serves."""
 
-    def __init__(self, model: Transformer, names: Sequence[str], mesh: Mesh, homes_: Homes, waiting: Waiting) -> None:
+    def __init__(
+        self, model: Transformer, names: Sequence[str], sharing: Sharing, homes_: Homes, waiting: Waiting
+    ) -> None:
         self.parameters = {name: model.get_parameter(name) for name in names}
         owners = [_owner(model, name) for name in names]
         self.experts = [owner for owner in owners if isinstance(owner, Experts)]
         self._homes, self.launched, self._is_model = homes_, False, False
         first = next(iter(self.parameters.values()))
-        group = mesh.replicas if self.experts else mesh.data
+        group = sharing.group(names[0], bool(self.experts))
         stored = stored_dtypes(model)[names[0]]
         self.bucket = Bucket(list(self._matrices()), group, first.dtype, stored, first.device, waiting)
 

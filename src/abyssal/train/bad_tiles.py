@@ -34,7 +34,7 @@ def describe_bad_tiles(model: Transformer, batch: Batch) -> str | None:
             elif isinstance(module, Linear):
                 hook = module.register_forward_pre_hook(_hook(_looker(found, name, module.entry)))
                 stack.callback(hook.remove)
-        tokens_BX = torch.from_numpy(batch.tokens_BX).to(model.embed.weight.device)
+        tokens_BX = torch.from_numpy(batch.tokens_BX).to(model.device)
         for _ in hidden_states(model, tokens_BX, packed_step(model, batch)):
             pass
     if not found:

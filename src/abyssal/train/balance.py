@@ -162,9 +162,10 @@ def update_biases(model: Transformer, loads: Mapping[int, Tensor], speed: float)
         speed: γ.
     """
     for block in model.blocks():
-        if isinstance(block.ffn, MoE) and block.ffn.router.bias_E is not None and block.layer in loads:
+        bias_E = block.ffn.router.bias_E if isinstance(block.ffn, MoE) and block.layer in loads else None
+        if bias_E is not None and not bias_E.is_meta:
             load_E = loads[block.layer].to(torch.float32)
-            block.ffn.router.bias_E += speed * torch.sign(load_E.mean() - load_E)
+            bias_E += speed * torch.sign(load_E.mean() - load_E)
 
 
 def max_violation(load_E: Tensor) -> float:

@@ -27,6 +27,7 @@ Compute = Literal["float32", "bfloat16", "float64"]
 Moments = Literal["float32", "bfloat16"]
 ModelFormat = Literal["fp32", "bf16", "fp8"]
 DispatchKind = Literal["alltoall", "hierarchical", "deepep"]
+ScheduleName = Literal["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"]
 
 BFLOAT16_WIDTH = 512
 """Hidden size from which BF16 compute is the default.  Measured on two AVX-512 cores with BF16 dot products: ``small``
@@ -174,6 +175,11 @@ class ParallelConfig:
     there; deepep is NVIDIA GPUs' own, if installed."""
     dispatch_chunk: int | None = None
     """Tokens that cross between nodes at once with hierarchical dispatch; found by measurement by default."""
+    schedule: ScheduleName = "dualpipe"
+    """Order of work in a pipeline (pp above 1): dualpipe and dualpipev hide communication behind computation; abyssal
+    schedule draws them."""
+    stage_layers: tuple[int, ...] | None = None
+    """Layers of each pipeline stage; as many in each by default."""
     redundant_experts: int = 0
     """Slots of each layer beyond one an expert, for copies of the busiest."""
     rebalance_every: int = 0
@@ -189,6 +195,8 @@ class ParallelConfig:
         _check_positive(self, "rank_timeout")
         if self.dispatch not in get_args(DispatchKind):
             raise ValueError(f"dispatch is {self.dispatch!r}; give {', '.join(get_args(DispatchKind))}")
+        if self.schedule not in get_args(ScheduleName):
+            raise ValueError(f"schedule is {self.schedule!r}; give one of {', '.join(get_args(ScheduleName))}")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device is {self.device!r}; give cpu or cuda")
         if self.mesh is not None:

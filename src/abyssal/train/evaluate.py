@@ -15,7 +15,7 @@ Legend: B sequences, S positions, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,9 @@ from abyssal.precision.head import token_losses
 from abyssal.train.balance import Loads, add_loads, mean_max_violation
 from abyssal.train.loss import hidden_states, packed_step, targets
 from abyssal.train.ranks import SingleRank
+
+Forward = Callable[[Transformer, Tensor, Step], Iterator[Tensor] | None]
+"""Hidden states of the main model and of each MTP depth, as :func:`~abyssal.train.loss.hidden_states`."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ def evaluate(
     token_bytes: np.ndarray,
     dispatcher: Dispatcher | None = None,
     ranks: SingleRank | None = None,
+    forward: Forward = hidden_states,
 ) -> Evaluation:
     """Measure ``model`` on held-out rows.
 
@@ -140,6 +144,7 @@ def evaluate(
         batches: rows of S + 1 + MTP depth tokens, the same on all ranks, which share them out.
         token_bytes: bytes of text that each token id stands for.
         dispatcher: of many ranks; by default every expert is here.
+        forward: gives the hidden states; None on a rank whose layers are not the last.
 
     Raises:
         ValueError: no batch at all, or no target that stands for a byte.
@@ -151,7 +156,9 @@ def evaluate(
     for whole in batches:
         batch, num_rows = _own_rows(whole, ranks)
         step = packed_step(model, batch, dispatcher=dispatcher)
-        _measure(model, batch, num_rows, step, bytes_V, drafts, sums)
+        hidden = forward(model, torch.from_numpy(batch.tokens_BX).to(model.device), step)
+        if hidden is not None:
+            _measure(model, batch, num_rows, hidden, bytes_V, drafts, sums)
         add_loads(loads, step.routings, num_rows * (batch.tokens_BX.shape[1] - 1 - depths))
     drafts.sum_over(ranks)
     sums.sum_over(ranks)
@@ -179,13 +186,18 @@ def _own_rows(batch: Batch, ranks: SingleRank) -> tuple[Batch, int]:
 
 
 def _measure(
-    model: Transformer, batch: Batch, num_rows: int, step: Step, bytes_V: Tensor, drafts: _Drafts, sums: _Sums
+    model: Transformer,
+    batch: Batch,
+    num_rows: int,
+    hidden: Iterator[Tensor],
+    bytes_V: Tensor,
+    drafts: _Drafts,
+    sums: _Sums,
 ) -> None:
     """Run ``batch`` and add up what its first ``num_rows`` rows give."""
-    depths, device = len(model.mtp), model.embed.weight.device
+    depths, device = len(model.mtp), model.device
     aims = targets(batch.part(0, num_rows), depths)
     length = batch.tokens_BX.shape[1] - 1 - depths
-    hidden = hidden_states(model, torch.from_numpy(batch.tokens_BX).to(device), step)
     best_BS: list[Tensor] = []
     for depth, (hidden_TD, aim) in enumerate(zip(hidden, aims, strict=True)):
         losses_T, best_T = token_losses(

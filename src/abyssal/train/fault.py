@@ -39,6 +39,7 @@ def describe_fault(
     gradients: Mapping[str, Tensor],
     dispatcher: Dispatcher | None = None,
     ranks: SingleRank | None = None,
+    whole: bool = True,
 ) -> TrainingFault:
     """Look for the place, with the gradients of the failed step, not clipped.  All ranks call it together.
 
@@ -46,8 +47,9 @@ def describe_fault(
         parts: the micro-batches of the failed step.
         loss, norm: its loss and its gradient norm.
         gradients: by name, this rank's part of each.
+        whole: whether the model has all its layers; if not, outputs are not looked at.
     """
-    place = _place(model, parts, gradients, dispatcher, ranks or SingleRank())
+    place = _place(model, parts if whole else (), gradients, dispatcher, ranks or SingleRank())
     return TrainingFault(
         step, f"step {step}: the loss is {loss:.6g} with a gradient norm of {norm:.6g}; {place}; {_REMEDY}"
     )
@@ -60,9 +62,10 @@ def describe_bad_validation(
     loss: float,
     dispatcher: Dispatcher | None = None,
     ranks: SingleRank | None = None,
+    whole: bool = True,
 ) -> TrainingFault:
     """The same for held-out text after ``steps_done`` steps; ``parts``: batches of it."""
-    place = _place(model, parts, {}, dispatcher, ranks or SingleRank())
+    place = _place(model, parts if whole else (), {}, dispatcher, ranks or SingleRank())
     return TrainingFault(steps_done, f"after step {steps_done} the held-out loss is {loss:.6g}; {place}; {_REMEDY}")
 
 
@@ -102,7 +105,7 @@ def _find(
     # On many ranks every rank runs every part, whatever it finds: the others wait for it at the experts.
     layers = [_first_layer(model, batch, dispatcher) for batch in parts] if on_many_ranks else None
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not parameter.is_meta and not torch.isfinite(parameter).all():
             return _Finding(0, 0.0, f"the parameter {name} is not finite")
     for number, batch in enumerate(parts):
         layer = _first_layer(model, batch, dispatcher) if layers is None else layers[number]
@@ -133,7 +136,7 @@ def _first_layer(model: Transformer, batch: Batch, dispatcher: Dispatcher | None
         for block in model.blocks()
     ]
     try:
-        tokens_BX = torch.from_numpy(batch.tokens_BX).to(model.embed.weight.device)
+        tokens_BX = torch.from_numpy(batch.tokens_BX).to(model.device)
         for _ in hidden_states(model, tokens_BX, packed_step(model, batch, dispatcher=dispatcher)):
             pass
     finally:

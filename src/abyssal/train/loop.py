@@ -25,6 +25,7 @@ from abyssal.train.config import TrainConfig
 from abyssal.train.data import TrainingData
 from abyssal.train.evaluate import Evaluation, evaluate
 from abyssal.train.fault import TrainingFault, describe_bad_validation
+from abyssal.train.loss import hidden_states
 from abyssal.train.metrics import Observer, StepRecord, ValidationRecord
 from abyssal.train.peak import share_of_peak
 from abyssal.train.step import StepResult, Trainer
@@ -63,7 +64,8 @@ def build_model(spec: ModelSpec, config: TrainConfig, share: ExpertShare | None 
     """The model at step 0: parameters in FP32 (FP64 for ``float64``) drawn from the seed, alike whatever the share."""
     dtype = torch.float64 if config.compute == "float64" else torch.float32
     share = share or ExpertShare({}, 0)
-    model = Transformer(spec, training_recipe(spec, config), share.placements, dtype=dtype, expert_rank=share.rank)
+    where = {"placements": share.placements, "expert_rank": share.rank, "part": share.part}
+    model = Transformer(spec, training_recipe(spec, config), dtype=dtype, **where)
     model.init_weights(torch.Generator().manual_seed(config.seed))
     return model
 
@@ -164,10 +166,12 @@ class Loop:
     def _validate(self, num_batches: int | None) -> Evaluation:
         trainer = self._trainer
         where = trainer.dispatcher, trainer.ranks
-        evaluation = evaluate(trainer.model, self._held_out(num_batches), self._data.token_bytes, *where)
+        forward = hidden_states if trainer.pipeline is None else trainer.pipeline.hidden
+        evaluation = evaluate(trainer.model, self._held_out(num_batches), self._data.token_bytes, *where, forward)
         if not all(map(math.isfinite, (evaluation.loss, *evaluation.mtp_losses))):
             parts = list(self._held_out(1))
-            fault = describe_bad_validation(trainer.model, parts, trainer.steps_done, evaluation.loss, *where)
+            whole = trainer.pipeline is None
+            fault = describe_bad_validation(trainer.model, parts, trainer.steps_done, evaluation.loss, *where, whole)
             raise TrainingFault(fault.step, f"{fault}; {self._last_good()}")
         for observer in self._observers:
             observer.on_validation(ValidationRecord(trainer.steps_done, evaluation, trainer.seconds))

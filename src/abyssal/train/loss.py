@@ -81,7 +81,7 @@ def packed_step(
     """A step over the batch's first S positions: each row is one sequence, or each document of it."""
     length = batch.tokens_BX.shape[1] - 1 - len(model.mtp)
     rows = [(length,)] * len(batch) if batch.documents is None else [_cut(row, length) for row in batch.documents]
-    context = PackedBatch([part for row in rows for part in row], device=model.embed.weight.device)
+    context = PackedBatch([part for row in rows for part in row], device=model.device)
     return model.step(context, dispatcher, balance=balance)
 
 
@@ -131,7 +131,7 @@ def training_loss(
         dispatcher: of many ranks; by default every expert is here.
     """
     step = packed_step(model, batch, balance, dispatcher)
-    device, depths = model.embed.weight.device, len(model.mtp)
+    device, depths = model.device, len(model.mtp)
     aims = targets(batch, depths)
     counts = counts or [aim.num_learned for aim in aims]
     hidden = hidden_states(model, torch.from_numpy(batch.tokens_BX).to(device), step)

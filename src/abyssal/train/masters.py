@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from abyssal.checkpoint.shards import Shard, Sharded
 from abyssal.model.experts import Experts
 from abyssal.model.transformer import Transformer
-from abyssal.parallel.mesh import Mesh
+from abyssal.parallel.holders import Sharing, trained_elsewhere
 from abyssal.parallel.zero import ShardedMasters
 
 
@@ -91,19 +91,20 @@ def as_saved(masters: Masters, values: Mapping[str, Tensor]) -> dict[str, Tensor
     return dict(found)
 
 
-def untrained(model: nn.Module) -> dict[str, Tensor]:
+def untrained(model: Transformer) -> dict[str, Tensor]:
     """What of a model no optimizer moves, by name: frozen parameters and buffers."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained |= trained_elsewhere(model)
     return {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
 
 
-def untrained_parts(model: Transformer, mesh: Mesh, saving: bool) -> dict[str, Tensor | Sharded]:
+def untrained_parts(model: Transformer, sharing: Sharing, saving: bool) -> dict[str, Tensor | Sharded]:
     """The same on many ranks: to be loaded, all that this rank has; to be saved, each part by one of its holders."""
     found: dict[str, Tensor | Sharded] = {}
     for name, tensor in untrained(model).items():
         owner = model.get_submodule(name.rpartition(".")[0])
         if not isinstance(owner, Experts):
-            is_ours = mesh.is_first or not saving
+            is_ours = not tensor.is_meta and (not saving or (sharing.is_first(name) and sharing.place.expert == 0))
             found[name] = tensor if is_ours else Sharded(tuple(tensor.shape), tensor.dtype)
             continue
         table = owner.placement.replica_table()
@@ -111,7 +112,7 @@ def untrained_parts(model: Transformer, mesh: Mesh, saving: bool) -> dict[str, T
         shards = [
             Shard((expert, *(0 for _ in tensor.shape[1:])), tensor[slot : slot + 1])
             for slot, expert in enumerate(owner.slots)
-            if not saving or (mesh.place.replica == 0 and table[expert][0] == first + slot)
+            if not tensor.is_meta and (not saving or (sharing.is_first(name) and table[expert][0] == first + slot))
         ]
         found[name] = Sharded((owner.placement.num_experts, *tensor.shape[1:]), tensor.dtype, tuple(shards))
     return found

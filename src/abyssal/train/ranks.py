@@ -1,11 +1,11 @@
 """What a step needs of the other data-parallel ranks: its share of the rows, and sums over all of them.
 
-Every method of :class:`DataRanks` is called by all ranks of a pipeline stage together, in one order.
+Every method of :class:`DataRanks` is called by all ranks together, in one order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from abyssal.model.dispatch import DispatchPlan, Handle
+from abyssal.model.part import ModelPart
 from abyssal.model.share import ExpertShare
 from abyssal.parallel.dispatch.choose import RankDispatcher
 from abyssal.parallel.mesh import Mesh
@@ -71,6 +72,10 @@ class SingleRank:
         """This rank's part of ``count`` rows from ``first`` on: its first row, and how many."""
         return first, count
 
+    def sum_over_rows(self, counts: list[int]) -> list[int]:
+        """Of what each rank has of its own rows, whatever stage it is."""
+        return counts
+
     def sum_counts(self, counts: list[int]) -> list[int]:
         return counts
 
@@ -89,17 +94,23 @@ class SingleRank:
 
 
 class DataRanks(SingleRank):
-    """The data-parallel ranks of this rank's pipeline stage."""
+    """All ranks: the data-parallel ones share out the rows, those of a pipeline the layers."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, experts: Mapping[int, int]) -> None:
+        """``experts``: how many each layer has that has any, here or on another stage."""
         super().__init__()
         self._mesh = mesh
+        self._experts = experts
         self.num_ranks = mesh.spec.dp
 
     def share(self, first: int, count: int) -> tuple[int, int]:
         each, left = divmod(count, self.num_ranks)
         assert not left, f"{count} rows for {self.num_ranks} ranks: the plan has as many for each"
         return first + each * self._mesh.place.data, each
+
+    def sum_over_rows(self, counts: list[int]) -> list[int]:
+        counted = torch.tensor(counts, dtype=torch.int64, device=self._mesh.device)
+        return self._summed(counted, self._mesh.data).tolist()
 
     def sum_counts(self, counts: list[int]) -> list[int]:
         return self._summed(torch.tensor(counts, dtype=torch.int64, device=self._mesh.device)).tolist()
@@ -109,11 +120,14 @@ class DataRanks(SingleRank):
 
     def sum_loads(self, loads: Loads) -> Loads:
         """In one message for all layers."""
-        if not loads:
+        if not self._experts:
             return loads
-        layers = sorted(loads)
-        summed = self._summed(torch.cat([loads[layer] for layer in layers]))
-        return dict(zip(layers, summed.split([len(loads[layer]) for layer in layers]), strict=True))
+        parts = [
+            loads[layer] if layer in loads else torch.zeros(number, dtype=torch.int64, device=self._mesh.device)
+            for layer, number in self._experts.items()
+        ]
+        summed = self._summed(torch.cat(parts))
+        return dict(zip(self._experts, summed.split(list(self._experts.values())), strict=True))
 
     def sum_tensors(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
@@ -124,9 +138,9 @@ class DataRanks(SingleRank):
         distributed.all_gather_object(found, text, self._mesh.control)
         return found
 
-    def _summed(self, tensor: Tensor) -> Tensor:
+    def _summed(self, tensor: Tensor, group: distributed.ProcessGroup | None = None) -> Tensor:
         with self.waiting:
-            distributed.all_reduce(tensor, group=self._mesh.data)
+            distributed.all_reduce(tensor, group=group)
         return tensor
 
 
@@ -136,8 +150,6 @@ def check_fits(spec: ModelSpec, parallel: ParallelConfig, mesh: MeshSpec) -> Non
     Raises:
         ValueError: naming the field, the sizes, and what to give.
     """
-    if mesh.pp > 1:
-        raise ValueError(f"mesh pp is {mesh.pp}: pipeline stages are not there yet; give pp=1 and a larger dp")
     extra = parallel.redundant_experts
     if spec.moe is None:
         if mesh.ep > 1:
@@ -159,12 +171,14 @@ def check_fits(spec: ModelSpec, parallel: ParallelConfig, mesh: MeshSpec) -> Non
         raise ValueError(f"{name} is {getattr(parallel, name)}, but ep is 1: every rank has all experts; leave it out")
 
 
-def expert_share(spec: ModelSpec, parallel: ParallelConfig, mesh: MeshSpec, rank: int) -> ExpertShare | None:
-    """The experts that ``rank`` begins with; None for all."""
+def expert_share(
+    spec: ModelSpec, parallel: ParallelConfig, mesh: MeshSpec, rank: int, part: ModelPart | None = None
+) -> ExpertShare | None:
+    """The experts that ``rank`` begins with, of the layers in ``part``; None for all."""
     if spec.moe is None or mesh.ep == 1:
-        return None
+        return None if part is None else ExpertShare({}, 0, part)
     moe_layers = [layer for layer in range(spec.num_layers) if spec.is_moe_layer(layer)]
     moe_layers += range(spec.num_layers, spec.num_layers + spec.mtp_depth)
     sizes = spec.moe.num_experts, parallel.redundant_experts, mesh.ep
     placement = initial_placement(*sizes, mesh.nodes_of_experts, spec.moe.num_groups)
-    return ExpertShare(dict.fromkeys(moe_layers, placement), mesh.place(rank).expert)
+    return ExpertShare(dict.fromkeys(moe_layers, placement), mesh.place(rank).expert, part)

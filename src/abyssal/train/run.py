@@ -34,6 +34,7 @@ from abyssal.train.metrics import MetricsFile, Observer, environment
 from abyssal.train.peak import matmul_peak
 from abyssal.train.progress import ProgressDisplay
 from abyssal.train.ranks import check_fits, expert_share
+from abyssal.train.stages import plan_pipeline
 from abyssal.train.step import Trainer
 from abyssal.train.ticker import Ticker
 
@@ -117,18 +118,27 @@ def run_training(
 @contextmanager
 def _trainer(run: Run, mesh: Mesh | None, watch: Watch | None) -> Iterator[Trainer]:
     """A trainer of the run's model, or of this rank's share of it."""
-    share = None
+    share, pipeline = None, None
     if mesh is not None:
         check_fits(run.spec, run.config.parallel, mesh.spec)
-        share = expert_share(run.spec, run.config.parallel, mesh.spec, mesh.rank)
+        pipeline = plan_pipeline(run.spec, run.config, mesh.spec)
+        part = None if pipeline is None else pipeline.part(mesh.place.stage)
+        share = expert_share(run.spec, run.config.parallel, mesh.spec, mesh.rank, part)
     with _patient(watch, "building the model"):
-        model = run.start(run.spec, run.config, share).to("cpu" if mesh is None else mesh.device)
-        trainer = Trainer(model, run.config, mesh)
+        model = run.start(run.spec, run.config, share)
+        if mesh is not None:
+            _move(model, mesh.device)
+        trainer = Trainer(model, run.config, mesh, pipeline=pipeline)
     try:
         yield trainer
     finally:
         if mesh is not None:
             trainer.close()
+
+
+def _move(model: Transformer, device: torch.device) -> None:
+    """What the model holds to ``device``; what it does not hold stays nowhere."""
+    model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(device))
 
 
 def _trained(
@@ -192,7 +202,7 @@ def _write_record(folder: RunFolder, data: TrainingData, record: dict[str, Any])
 
 def _measured_peak(trainer: Trainer, ranks: Ranks) -> float | None:
     """FLOP/s of all ranks, each measured while the others are; None on others than the first."""
-    dtype, device = DTYPES[trainer.config.compute or "float32"], trainer.model.embed.weight.device
+    dtype, device = DTYPES[trainer.config.compute or "float32"], trainer.model.device
     return sum(ranks.gather(lambda: matmul_peak(dtype, device))) or None
 
 

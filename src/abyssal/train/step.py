@@ -18,20 +18,24 @@ from abyssal.checkpoint.shards import Sharded
 from abyssal.data.batch import Batch
 from abyssal.model.transformer import Transformer
 from abyssal.parallel.dispatch.choose import RankDispatcher, open_dispatcher
+from abyssal.parallel.holders import Sharing
 from abyssal.parallel.mesh import Mesh
 from abyssal.parallel.placement import moves
 from abyssal.parallel.placement_rebalancer import Rebalancer
 from abyssal.parallel.zero import ShardedMasters
 from abyssal.spec.placement import Placement
 from abyssal.train.alarm import Starvation, StarvationAlarm
-from abyssal.train.balance import BalanceLosses, Loads, add_loads, max_violation, update_biases
+from abyssal.train.balance import BalanceLosses, Loads, max_violation, update_biases
 from abyssal.train.config import TrainConfig
 from abyssal.train.ema import HostAverage
 from abyssal.train.fault import describe_fault
-from abyssal.train.loss import targets, training_loss
+from abyssal.train.loss import targets
 from abyssal.train.masters import Masters, WholeMasters, as_saved, untrained, untrained_parts
 from abyssal.train.optimizer import AdamW, clip_gradients
+from abyssal.train.passes import Given, run_passes
+from abyssal.train.pipeline import PipelineRuns
 from abyssal.train.ranks import DataRanks, SingleRank, TimedDispatcher
+from abyssal.train.stages import PipelinePlan
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Trainer:
         model: with this rank's share of the experts.
         mesh: of many ranks; the trainer does not close it.
         dispatcher: in place of the config's; the trainer closes it.
+        pipeline: the stages, where the model is one part of several.
 
     Attributes:
         plan: every step of the run.
@@ -101,11 +106,14 @@ class Trainer:
         config: TrainConfig,
         mesh: Mesh | None = None,
         dispatcher: RankDispatcher | None = None,
+        pipeline: PipelinePlan | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self.mesh = mesh
-        self.ranks = SingleRank() if mesh is None else DataRanks(mesh)
+        experts = {layer: placement.num_experts for layer, placement in model.placements().items()}
+        self.ranks = SingleRank() if mesh is None else DataRanks(mesh, experts)
+        self.pipeline = None if mesh is None or pipeline is None else PipelineRuns(model, mesh, pipeline)
         if dispatcher is None and mesh is not None and mesh.spec.ep > 1:
             parallel = config.parallel
             dispatcher = open_dispatcher(parallel.dispatch, model.placements(), mesh, parallel.dispatch_chunk)
@@ -116,7 +124,9 @@ class Trainer:
         self.seconds = 0.0
         self.masters: Masters = WholeMasters(model)
         if mesh is not None:
-            self.masters = ShardedMasters(model, mesh, self.ranks.waiting, config.parallel.rebalance_every > 0)
+            sharing = Sharing(mesh, None if pipeline is None else pipeline.holders)
+            movable = config.parallel.rebalance_every > 0
+            self.masters = ShardedMasters(model, mesh, self.ranks.waiting, movable, sharing)
         self.optimizer = AdamW(self.masters.tensors, config.optimizer)
         averaged = dict(model.named_parameters()) if mesh is None else self.masters.tensors
         self.average = None if config.ema_decay is None else HostAverage(averaged, config.ema_decay)
@@ -140,7 +150,7 @@ class Trainer:
         norm, total = float(norm_), sum(losses) + balance_loss
         if not (abs(total) < float("inf") and norm <= config.optimizer.largest_norm):
             parts = batch.parts(config.micro_batch_size)
-            where = self.dispatcher, self.ranks
+            where = self.dispatcher, self.ranks, self.pipeline is None
             raise describe_fault(self.model, parts, planned.step, total, norm, gradients, *where)
         clip_gradients(gradients, norm_, config.optimizer.clip)
         lr = config.optimizer.learning_rate(planned.step, self.plan.num_steps, planned.share)
@@ -194,20 +204,17 @@ class Trainer:
         """Forward and backward of each micro-batch: losses of main model and depths, balance loss, loads, all of the
         global batch."""
         depths = len(self.model.mtp)
-        counts = self.ranks.sum_counts([aim.num_learned for aim in targets(batch, depths)])
+        counts = self.ranks.sum_over_rows([aim.num_learned for aim in targets(batch, depths)])
         parts = batch.parts(self.config.micro_batch_size)
         balance = self._balance(1 / (len(parts) * self.ranks.num_ranks))
-        losses, balance_loss, loads = [0.0] * (depths + 1), 0.0, Loads()
-        for number, part in enumerate(parts):
-            found = training_loss(self.model, part, mtp_weight, balance, counts, self.dispatcher)
-            if number == len(parts) - 1:
-                self.masters.arm()
-            found.total.backward()
-            add_loads(loads, found.step.routings)
-            losses = [sum_ + loss for sum_, loss in zip(losses, found.parts, strict=True)]
-            balance_loss += sum(float(loss) for loss in found.step.balance_losses.values())
-        *losses, balance_loss = self.ranks.sum([*losses, balance_loss])
-        return losses, balance_loss, self.ranks.sum_loads(loads)
+        given = Given(parts, counts, mtp_weight, balance, self.dispatcher)
+        if self.pipeline is None:
+            sums = run_passes(self.model, given, self.masters.arm)
+        else:
+            self.masters.wait()  # blocks are run stage by stage, which no hook on them sees
+            sums = self.pipeline.run(given)
+        *losses, balance_loss = self.ranks.sum([*sums.losses, sums.balance_loss])
+        return losses, balance_loss, self.ranks.sum_loads(sums.loads)
 
     def place(self, placements: Mapping[int, Placement]) -> None:
         """Let the experts' slots hold what ``placements`` says, from the next step on.  All ranks call it together.
@@ -237,10 +244,10 @@ class Trainer:
         return dict(self._tensors(saving))
 
     def _tensors(self, saving: bool) -> Iterator[tuple[str, Tensor | Sharded]]:
-        if self.mesh is None:
+        if not isinstance(self.masters, ShardedMasters):
             rest: Mapping[str, Tensor | Sharded] = untrained(self.model)
         else:
-            rest = untrained_parts(self.model, self.mesh, saving)
+            rest = untrained_parts(self.model, self.masters.sharing, saving)
         model = {**as_saved(self.masters, self.masters.tensors), **rest}
         for name in self.model.state_dict():
             yield f"model/{name}", _detached(model[name])
@@ -310,6 +317,8 @@ class Trainer:
 
     def close(self) -> None:
         """End the threads and take the hooks off the model."""
+        if self.pipeline is not None:
+            self.pipeline.close()
         if self._ranks_dispatcher is not None:
             self._ranks_dispatcher.close()
         if isinstance(self.masters, ShardedMasters):
