@@ -45,7 +45,7 @@ def test_bad_input_is_one_line_of_the_first_rank(rank_starter: RankStarter, tmp_
         (["--data", missing], f"abyssal train: {missing}: no such file or folder"),
         (["--steps", "many"], "many"),
         (["--mesh", "dp=3"], "mesh dp=3,ep=1 is of 3 ranks and there are 2"),
-        (["--mesh", "pp=2"], "mesh pp=2,dp=1,ep=1 has pp 2"),
+        (["--mesh", "pp=2"], "mesh pp is 2, but micro_batch_size is not set"),
         (["--mesh", "dp=2,ep=2", "--redundant-experts", "1"], "redundant_experts is 1"),
         (["--batch-size", "3"], "batch_size is 3"),
     ):

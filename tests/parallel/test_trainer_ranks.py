@@ -208,17 +208,17 @@ def _save(folder: Path, mesh: str, steps: int, fields: dict[str, Any]) -> None:
         for step in range(steps):
             trainer.step(own_rows(trainer, step))
         assert trainer.mesh is not None
-        save_sharded(folder, trainer.tensors(), trainer.fields(), trainer.mesh.saving)
+        save_sharded(folder, trainer.tensors(), trainer.fields(), trainer.mesh.control)
 
 
 def _load_and_go_on(folder: Path, mesh: str, steps: int, fields: dict[str, Any]) -> list[float]:
     with OnRank(config_of(mesh, **fields)) as trainer:
         assert trainer.mesh is not None
         tensors = trainer.tensors(saving=False)
-        loaded = load_sharded(folder, tensors, group=trainer.mesh.saving)
+        loaded = load_sharded(folder, tensors, group=trainer.mesh.control)
         trainer.restore(loaded, tensors["generator/torch"])  # type: ignore[arg-type]
         copy = folder.with_name(f"{folder.name}-again")
-        save_sharded(copy, trainer.tensors(), trainer.fields(), trainer.mesh.saving)
+        save_sharded(copy, trainer.tensors(), trainer.fields(), trainer.mesh.control)
         return [trainer.step(own_rows(trainer, trainer.steps_done)).loss for _ in range(steps)]
 
 

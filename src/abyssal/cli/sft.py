@@ -122,11 +122,13 @@ def _fine_tune(options: Options, ranks: JoinedRanks | None) -> int:
 def _run_on_ranks(options: Options, folder: RunFolder, ranks: JoinedRanks) -> Run:
     """Every rank reads all conversations: they are few beside a model's own text, and what each trains on is a row."""
     from abyssal.train.ranks import check_fits
+    from abyssal.train.stages import plan_pipeline
 
     def read() -> Run:
         run = _run(options)
         check_fits(run.spec, options.train.parallel, ranks.mesh.spec)
         run.config.plan(ranks.mesh.spec.dp)
+        plan_pipeline(run.spec, run.config, ranks.mesh.spec)
         return run
 
     try:

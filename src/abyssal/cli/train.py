@@ -121,9 +121,12 @@ def _train(options: Options, ranks: JoinedRanks | None) -> int:
 
 def _check_mesh(options: Options, spec: ModelSpec, ranks: JoinedRanks) -> None:
     from abyssal.train.ranks import check_fits
+    from abyssal.train.stages import plan_pipeline
 
     check_fits(spec, options.train.parallel, ranks.mesh.spec)
-    options.train.resolved(spec).plan(ranks.mesh.spec.dp)  # refuses a batch that ranks cannot share
+    config = options.train.resolved(spec)
+    config.plan(ranks.mesh.spec.dp)  # refuses a batch that ranks cannot share
+    plan_pipeline(spec, config, ranks.mesh.spec)
 
 
 def _recipe_defaults(argv: Sequence[str]) -> Options | None:

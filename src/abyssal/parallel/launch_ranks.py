@@ -154,10 +154,6 @@ def _told(launch: Launch, problem: Exception) -> str:
 
 
 def _check_mesh(spec: MeshSpec, launch: Launch) -> None:
-    if spec.pp > 1:
-        raise ValueError(
-            f"mesh {spec} has pp {spec.pp}: pipeline parallelism is not there yet; give pp=1, or leave it out"
-        )
     if spec.world_size != launch.world_size:
         raise ValueError(
             f"mesh {spec} is of {spec.world_size} ranks and {launch.world_size} were started; give a mesh whose "

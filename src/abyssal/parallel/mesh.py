@@ -32,7 +32,6 @@ class Mesh:
         pipeline: the stages.
         inside, across: of the expert group, the ranks on this node, and those of this rank's index on its nodes.
         control: all ranks, over gloo, for what is no tensor of the model.
-        saving: the same once more, for the thread that writes checkpoints.
 
     Raises:
         ValueError: a mesh of another number of ranks.
@@ -60,7 +59,6 @@ class Mesh:
         self.inside = self._own(spec.inside_groups())
         self.across = self._own(spec.across_groups())
         self.control = self._own([list(range(world_size))], "gloo")
-        self.saving = self._own([list(range(world_size))], "gloo")
 
     @property
     def rank(self) -> int:
