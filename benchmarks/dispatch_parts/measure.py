@@ -86,11 +86,10 @@ class Case:
 
 def measure(setting: Setting, gigabits: float, kind: LinkKind | None, repeats: int) -> Case:
     """Raw links first, then rounds of all ways; the first round, in which chunk sizes are found, is not counted."""
-    ways = [PLAIN, *map(str, candidates(setting.tokens))]
-    if min(setting.nodes, setting.ranks_per_node) > 1:
-        ways.append(TUNED)
-    else:
-        ways = ways[:2]  # one hop alone: nothing overlaps
+    sizes = candidates(setting.tokens)
+    if min(setting.nodes, setting.ranks_per_node) == 1:
+        sizes = sizes[:1]  # one hop alone: nothing overlaps
+    ways = [PLAIN, *map(str, sizes), *([TUNED] if len(sizes) > 1 else [])]
     with open_links(setting.nodes, gigabits, kind) as links:
         inside, across = measure_links(links, setting.ranks_per_node)
         rounds: dict[str, list[Round]] = {way: [] for way in ways}

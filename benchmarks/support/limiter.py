@@ -41,10 +41,10 @@ class LimitedLinks:
         self.num_nodes = num_nodes
         self.gigabits = gigabits
         self._folder = tempfile.TemporaryDirectory()
-        self._cables = Cables(Path(self._folder.name, "cables"))
+        self.cables = Path(self._folder.name, "cables")
 
     def __enter__(self) -> LimitedLinks:
-        self._cables.path.write_bytes(bytes(_CABLE.size * self.num_nodes))
+        self.cables.write_bytes(bytes(_CABLE.size * self.num_nodes))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,7 +54,7 @@ class LimitedLinks:
         self, node: int, command: Sequence[str], environment: Mapping[str, str], **options: Any
     ) -> subprocess.Popen[str]:
         """As the protocol says."""
-        own = {FILE: str(self._cables.path), NODE: str(node), RATE: str(self.gigabits), "GLOO_SOCKET_IFNAME": "lo"}
+        own = {FILE: str(self.cables), NODE: str(node), RATE: str(self.gigabits), "GLOO_SOCKET_IFNAME": "lo"}
         return subprocess.Popen([*command], env=process_variables({**own, **environment}), text=True, **options)
 
     def address(self, node: int) -> str:
@@ -63,7 +63,7 @@ class LimitedLinks:
 
     def sent(self, node: int) -> int:
         """Bytes of tensors, without any headers."""
-        return self._cables.sent(node)
+        return Cables(self.cables).sent(node)
 
 
 class Cables:
