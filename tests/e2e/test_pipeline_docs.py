@@ -1,4 +1,4 @@
-"""docs/pipeline.md: its commands run, what it shows of them is what they print, its Python holds, its pictures are there."""
+"""docs/pipeline.md: its commands run and print what it shows, its Python holds, its pictures are there."""
 
 from __future__ import annotations
 
