@@ -14,15 +14,21 @@ from torch import Tensor, distributed
 from abyssal.data.batch import Batch
 from abyssal.model.dispatch import Dispatcher
 from abyssal.model.transformer import Transformer
+from abyssal.parallel.dispatch.alltoall import AllToAllDispatcher
+from abyssal.parallel.mesh import Mesh
 from abyssal.parallel.pipeline.chunk import MicroBatch, ModelChunk
 from abyssal.parallel.pipeline.chunk_ends import Targets
 from abyssal.parallel.pipeline.executor import Executor, Pair, one_after_the_other
+from abyssal.parallel.pipeline.hidden import MeasuredDispatcher, StepTimes, Stopwatch
 from abyssal.parallel.pipeline.messages import Boundary
+from abyssal.parallel.pipeline.pair import OverlappedPair
 from abyssal.parallel.pipeline.schedule import Schedule, schedule
+from abyssal.spec.mesh import MeshSpec
 from abyssal.train.balance import BalanceLosses
-from abyssal.train.config import TrainConfig
+from abyssal.train.config import ParallelConfig, TrainConfig
 from abyssal.train.loop import build_model
 from abyssal.train.loss import packed_step, targets, training_loss
+from abyssal.train.ranks import expert_share
 from tests.support.many_ranks import CONFIG
 from tests.support.many_ranks import SPEC as SMALL
 
@@ -82,11 +88,17 @@ def take_gradients(model: Transformer) -> dict[str, Tensor]:
 
 
 def micro_batches(
-    model: Transformer, given: Batch, number: int, dispatcher: Dispatcher | None = None, depths: int = SPEC.mtp_depth
+    model: Transformer,
+    given: Batch,
+    number: int,
+    dispatcher: Dispatcher | None = None,
+    counts: Sequence[int] | None = None,
+    balance: BalanceLosses | None = None,
 ) -> list[MicroBatch]:
-    """As a trainer makes them."""
-    counts = [aim.num_learned for aim in targets(given, depths)]
-    balance = balance_losses(number)
+    """As a trainer makes them; counts and balance losses are the global batch's."""
+    depths = model.spec.mtp_depth
+    counts = counts or [aim.num_learned for aim in targets(given, depths)]
+    balance = balance or balance_losses(number)
     made = []
     for part in given.parts(len(given) // number):
         length = part.tokens_BX.shape[1] - 1 - depths
@@ -177,3 +189,61 @@ def worst(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     return max(
         float((found[name] - one).abs().max() / one.abs().max().clamp_min(1e-300)) for name, one in wanted.items()
     )
+
+
+@dataclass(frozen=True)
+class OnMesh:
+    """One way to train the model on stages and experts at once."""
+
+    mesh: str = "pp=2,dp=2,ep=2"
+    schedule: str = "dualpipe"
+    overlapped: bool = True
+    num_micro_batches: int = 4
+    """Of each data-parallel rank."""
+
+
+def on_a_mesh(case: OnMesh) -> tuple[Found, StepTimes, tuple[int, int]]:
+    """To be run by every worker: its stages' layers, with its experts of each; its place in pipeline and experts."""
+    spec = MeshSpec.parse(case.mesh)
+    mesh = Mesh(spec)
+    model = build_model(SPEC, CONFIG, expert_share(SPEC, ParallelConfig(mesh=case.mesh), spec, mesh.rank))
+    stopwatch = Stopwatch()
+    dispatcher = AllToAllDispatcher(model.placements(), mesh)
+    plan = schedule(case.schedule, spec.pp, case.num_micro_batches)
+    chunks = chunks_of(model, plan, mesh.place.stage)
+    pair = OverlappedPair() if case.overlapped else one_after_the_other
+    executor = Executor(plan, mesh.place.stage, chunks, mesh.pipeline, pair, stopwatch, timeout=20.0)
+    try:
+        whole_batch = batch(spec.dp * case.num_micro_batches)
+        rows = len(whole_batch) // spec.dp
+        own = whole_batch.part(mesh.place.data * rows, (mesh.place.data + 1) * rows)
+        counts = [aim.num_learned for aim in targets(whole_batch, SPEC.mtp_depth)]
+        balance = balance_losses(spec.dp * case.num_micro_batches)
+        measured = MeasuredDispatcher(dispatcher, stopwatch)
+        parts = micro_batches(model, own, case.num_micro_batches, measured, counts=counts, balance=balance)
+        for chunk in chunks:
+            chunk.begin(parts)
+        times = executor.run(boundary(model, parts))
+        found = Found()
+        for chunk in chunks:
+            for number, step in chunk.steps.items():
+                place = mesh.place.data * case.num_micro_batches + number
+                found.add_pass(place, chunk.losses.get(number, ()), step)
+        found.gradients = take_gradients(model)
+        return found, times, (mesh.place.data, mesh.place.expert)
+    finally:
+        executor.close()
+        dispatcher.close()
+        mesh.close()
+
+
+def together_on_mesh(parts: Sequence[tuple[Found, StepTimes, tuple[int, int]]]) -> Found:
+    """As :func:`together`; experts lie one after another over the ranks of an expert group."""
+    num_experts = max(expert for *_, (_, expert) in parts) + 1
+    for part, _, (_, expert) in parts:
+        for name, gradient in part.gradients.items():
+            if ".experts." in name:
+                wide = gradient.new_zeros(num_experts * len(gradient), *gradient.shape[1:])
+                wide[expert * len(gradient) : (expert + 1) * len(gradient)] = gradient
+                part.gradients[name] = wide
+    return together([part for part, *_ in parts])
