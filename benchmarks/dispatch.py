@@ -8,6 +8,7 @@ slows down (needs root), or processes that are held back in user space where the
 What the cables really give is measured first.  Then tokens of random scores, chosen as V3 does (8 experts of 256, on at
 most M nodes), are dispatched in FP8 and combined in BF16: plain, hierarchically in chunks of several sizes, and in the
 size that the dispatcher finds itself.  All ways take turns in every round; times are medians of the slowest rank.
+``cores`` is the processor time of all ranks over the machine's cores, a floor that no link lowers.
 
 Bytes are counted three times: by the dispatcher, from the routing alone, and by the interfaces of the nodes, which
 see the headers of TCP and the barriers between phases as well.  Saved as dispatch.json and drawn as dispatch.png.
@@ -44,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for gigabits in chosen.gigabits:
                 case = measure(setting, gigabits, chosen.links, chosen.repeats)
                 print("", *described(case), sep="\n", flush=True)
-                cases.append(case)
-        data = {**about, "repeats": chosen.repeats, "cases": [case.as_json() for case in cases]}
-        print(f"saved {save('dispatch', data, folder)}")
+                cases.append(case.as_json())
+                save("dispatch", {**about, "repeats": chosen.repeats, "cases": cases}, folder)
+        print(f"saved {folder / 'dispatch.json'}")
     data = json.loads((folder / "dispatch.json").read_text())
     draw(data, folder / "dispatch.png")
     print(f"saved {folder / 'dispatch.png'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,6 +38,8 @@ class Row:
     """Of a token in dispatch, from the routing."""
     link_bytes: float
     """That left the nodes by the links' own counters, a token."""
+    processor_ms: float
+    """Processor time of all ranks over the machine's cores, unpacking included: a floor under the time."""
     busiest_bytes: float
     """That the node which sent most sent across in dispatch and combine, by the dispatcher's count."""
 
@@ -138,8 +141,13 @@ def _row(setting: Setting, way: str, rounds: list[Round], copies: Copies) -> Row
         expected={phase: {link: size / tokens for link, size in sizes.items()} for phase, sizes in by_phase.items()},
         copies_across=copies.rows["across"] / tokens,
         link_bytes=statistics.median(one.link_bytes for one in rounds) / tokens,
+        processor_ms=statistics.median(map(_processor_ms, rounds)),
         busiest_bytes=max(_sent_across(setting, answers, node) for node in range(setting.nodes)),
     )
+
+
+def _processor_ms(one: Round) -> float:
+    return 1000 * sum(each["processor"] for each in one.answers) / (os.cpu_count() or 1)
 
 
 def _sent_across(setting: Setting, answers: list[dict[str, Any]], node: int) -> int:

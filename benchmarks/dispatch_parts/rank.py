@@ -4,7 +4,8 @@ A request names the way; the answer has the seconds of each phase, which begin o
 the dispatcher counted.  There are no experts: what dispatch brings goes back as it is, so that what returns is known,
 each token K times over; the first time in each way it is compared.
 
-Quantising and unpacking are not timed; they are the same in every way.
+Quantising and unpacking are not timed; they are the same in every way.  Processor time is that of the whole answer:
+where many ranks share few cores it is a floor under the time, whatever the link.
 """
 
 from __future__ import annotations
@@ -59,9 +60,12 @@ class Rank:
         dispatcher = self._ways[way]
         if new:
             self._check(self._run(dispatcher)[1], way)
+        before = time.process_time()
         seconds, _ = self._run(dispatcher)
+        processor = time.process_time() - before
         traffic = {phase: asdict(getattr(dispatcher.traffic, phase)) for phase in PHASES}
-        return {"seconds": seconds, "traffic": traffic, "chunk_tokens": self._chunk_tokens(dispatcher)}
+        chunk_tokens = self._chunk_tokens(dispatcher)
+        return {"seconds": seconds, "processor": processor, "traffic": traffic, "chunk_tokens": chunk_tokens}
 
     def _open(self, way: str) -> RankDispatcher:
         """``plain``, ``tuned``, or a number of tokens a chunk."""

@@ -53,13 +53,13 @@ def _counted(row: Row, link: str) -> float:
 
 def _times(case: Case) -> list[str]:
     phases = " ".join(f"{phase:>9}" for phase in PHASES)
-    lines = [f"{'milliseconds':<36} {phases} {'all':>9} {'Gbit/s':>8} {'of link':>8} {'speedup':>8}"]
+    lines = [f"{'milliseconds':<36} {phases} {'all':>9} {'cores':>7} {'Gbit/s':>8} {'of link':>8} {'speedup':>8}"]
     plain = case.rows[0].total
     for row in case.rows:
         times = " ".join(f"{row.median(phase):>9.1f}" for phase in PHASES)
-        share = row.gigabits / case.across.gigabits
+        name, share = name_of(row.way, row.chunk_tokens), row.gigabits / case.across.gigabits
         lines.append(
-            f"  {name_of(row.way, row.chunk_tokens):<34} {times} {row.total:>9.1f} {row.gigabits:>8.3f} {share:>8.0%}"
+            f"  {name:<34} {times} {row.total:>9.1f} {row.processor_ms:>7.1f} {row.gigabits:>8.3f} {share:>8.0%}"
             f" {plain / row.total:>7.2f}x"
         )
     return lines
