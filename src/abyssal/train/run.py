@@ -174,7 +174,8 @@ def _trained(
             for observer in watching:
                 observer.on_event({"event": "resume", "step": trainer.steps_done})
         if watch is not None:
-            watching.append(stack.enter_context(Ticker(watch, trainer, tuple(watching))))
+            ticker = stack.enter_context(Ticker(watch, trainer, tuple(watching)))
+            watching, data = [*watching, ticker], ticker.told(data)
         peak = _measured_peak(trainer, ranks) if measure_peak else None
         with _reporting(watch):
             return Loop(trainer, data, watching, checkpoints, peak).run()
@@ -201,9 +202,10 @@ def _write_record(folder: RunFolder, data: TrainingData, record: dict[str, Any])
 
 
 def _measured_peak(trainer: Trainer, ranks: Ranks) -> float | None:
-    """FLOP/s of all ranks, each measured while the others are; None on others than the first."""
+    """FLOP/s of a rank, the mean over all, each measured while the others are; None on others than the first."""
     dtype, device = DTYPES[trainer.config.compute or "float32"], trainer.model.device
-    return sum(ranks.gather(lambda: matmul_peak(dtype, device))) or None
+    peaks = ranks.gather(lambda: matmul_peak(dtype, device))
+    return sum(peaks) / len(peaks) if peaks else None
 
 
 def save_result(folder: RunFolder, result: TrainResult, data: TrainingData) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
+from abyssal.data.batch import Batch, RowStream
 from abyssal.parallel.watch import Watch
+from abyssal.train.data import TrainingData
 from abyssal.train.metrics import Observer, StepRecord, ValidationRecord
 from abyssal.train.step import Trainer
 
@@ -32,13 +35,28 @@ class Ticker:
         self._hook: RemovableHandle | None = None
 
     def __enter__(self) -> Ticker:
-        # Every forward pass begins there: long steps of many micro-batches are seen to get on.
-        self._hook = self._trainer.model.embed.register_forward_pre_hook(lambda *_: self._watch.mark(self._phase))
+        # A forward pass begins there, on a pipeline's first rank: steps of many micro-batches are seen to get on.
+        self._hook = self._trainer.model.embed.register_forward_pre_hook(lambda *_: self.get_on())
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._hook is not None:
             self._hook.remove()
+
+    def told(self, data: TrainingData) -> TrainingData:
+        """The data, which lets this know when a step or a validation asks for it: there a wait for something else,
+        such as a checkpoint's writing, is over."""
+
+        def held_out(num_batches: int | None) -> Iterator[Batch]:
+            for batch in data.held_out(num_batches):
+                self.get_on()
+                yield batch
+
+        return replace(data, stream=_ToldStream(data.stream, self), held_out=held_out)
+
+    def get_on(self) -> None:
+        """The main thread got on."""
+        self._watch.mark(self._phase)
 
     def on_step(self, record: StepRecord) -> None:
         ranks = record.result.ranks
@@ -60,4 +78,27 @@ class Ticker:
 
     def on_event(self, event: Mapping[str, Any]) -> None:
         if event["event"] == "checkpoint":
-            self._watch.mark(SAVING, patient=True)  # until the next forward pass
+            self._watch.mark(SAVING, patient=True)  # until rows are asked for
+
+
+@dataclass(frozen=True)
+class _ToldStream:
+    """A stream that tells its ticker when rows are asked for."""
+
+    stream: RowStream
+    ticker: Ticker
+
+    @property
+    def row_length(self) -> int:
+        return self.stream.row_length
+
+    @property
+    def fingerprint(self) -> str:
+        return self.stream.fingerprint
+
+    def rows(self, first: int, count: int) -> Batch:
+        self.ticker.get_on()
+        return self.stream.rows(first, count)
+
+    def epoch(self, num_rows: int) -> float:
+        return self.stream.epoch(num_rows)

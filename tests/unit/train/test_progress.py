@@ -125,3 +125,14 @@ def test_time_left_follows_the_pace_since_the_first_update() -> None:
 )
 def test_clock(seconds: float | None, shown: str) -> None:
     assert progress._clock(seconds) == shown
+
+
+def test_a_slow_rank_gets_its_line() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    display = ProgressDisplay(10, console)
+    rank = {"rank": 3, "host": "node-b", "pid": 4711, "own_seconds": 0.62, "median_seconds": 0.2}
+    display.on_event({"event": "slow_rank", "step": 7, **rank})
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().strip() == (
+        "step     7  slow: rank 3 (node-b, pid 4711) takes 3.1 times as long as the others, 0.62 s of its own a step"
+    )

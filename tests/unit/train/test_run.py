@@ -15,6 +15,7 @@ import torch
 
 from abyssal.checkpoint.hf import load_model
 from abyssal.data.shards import PreparedData
+from abyssal.model.share import ExpertShare
 from abyssal.model.transformer import Transformer
 from abyssal.spec.model import ModelSpec
 from abyssal.text.tokenizer import Tokenizer
@@ -195,8 +196,8 @@ def test_a_starved_expert_is_told(prepared: PreparedData, tmp_path: Path) -> Non
     balance = dataclasses.replace(SAVING.balance, bias_speed=0.0, alarm_steps=3)
     run = run_of(prepared, SPEC, dataclasses.replace(SAVING, balance=balance))
 
-    def starving(spec: ModelSpec, config: TrainConfig) -> Transformer:
-        model = build_model(spec, config)
+    def starving(spec: ModelSpec, config: TrainConfig, share: ExpertShare | None = None) -> Transformer:
+        model = build_model(spec, config, share)
         model.get_buffer("layers.1.ffn.router.bias_E")[2] = -100.0  # its group is not kept either
         return model
 
