@@ -18,7 +18,9 @@ SHOWN = re.findall(r"<!-- shown -->\n```console\n\$ abyssal (.*?)\n(.*?)```", PA
 COMMANDS = [command.text for command in commands(PAGE) if command.marked]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(one, marks=pytest.mark.slow) if "--png pipeline-" in one else one for one in COMMANDS]
+)
 def test_commands_run(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
