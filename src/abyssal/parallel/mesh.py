@@ -50,7 +50,7 @@ class Mesh:
         self.device = torch.device(device)
         self.place = spec.place(rank)
         self._groups: list[ProcessGroup] = []
-        self._timeout = timeout
+        self.timeout = timeout
         self.data = self._own(spec.data_groups())
         self.experts = self._own(spec.expert_groups())
         self.homes = self._own(spec.expert_groups())
@@ -78,7 +78,7 @@ class Mesh:
         """Make these groups, of which this rank is in one or in none; all ranks make them together."""
         own: ProcessGroup | None = None
         for ranks in groups:
-            group = distributed.new_group(ranks, timeout=self._timeout, backend=backend)
+            group = distributed.new_group(ranks, timeout=self.timeout, backend=backend)
             if self.place.rank in ranks:
                 assert isinstance(group, ProcessGroup)
                 own = group

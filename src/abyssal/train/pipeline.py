@@ -6,6 +6,7 @@ Legend: B rows, X tokens of a row, T tokens, D model.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, distributed
@@ -17,7 +18,9 @@ from abyssal.parallel.mesh import Mesh
 from abyssal.parallel.pipeline.chunk import MicroBatch, ModelChunk
 from abyssal.parallel.pipeline.chunk_ends import Targets as Aim
 from abyssal.parallel.pipeline.executor import Executor
+from abyssal.parallel.pipeline.hidden import MeasuredDispatcher, StepTimes, Stopwatch
 from abyssal.parallel.pipeline.messages import Boundary
+from abyssal.parallel.pipeline.pair import OverlappedPair
 from abyssal.train.balance import add_loads
 from abyssal.train.loss import packed_step, targets
 from abyssal.train.passes import Given, Sums
@@ -38,13 +41,18 @@ class PipelineRuns:
             ModelChunk(model, plan.stages[stage], stage, num_stages) for stage in plan.chunks[mesh.place.stage]
         ]
         self._executors: dict[int, Executor] = {}
+        self._stopwatch = Stopwatch()
+        self.times: StepTimes | None = None
+        """Of the last step."""
 
     def run(self, given: Given) -> Sums:
         """Forward and backward of all micro-batches, as the schedule orders them."""
+        if given.dispatcher is not None:
+            given = replace(given, dispatcher=MeasuredDispatcher(given.dispatcher, self._stopwatch))
         micro_batches = [self._micro_batch(given, part) for part in given.parts]
         for chunk in self._chunks:
             chunk.begin(micro_batches)
-        self._executor(len(micro_batches)).run(self._boundary(given))
+        self.times = self._executor(len(micro_batches)).run(self._boundary(given))
         return self._sums()
 
     def close(self) -> None:
@@ -60,7 +68,9 @@ class PipelineRuns:
     def _executor(self, count: int) -> Executor:
         if count not in self._executors:
             schedule = self._plan.schedules[count]
-            self._executors[count] = Executor(schedule, self._mesh.place.stage, self._chunks, self._mesh.pipeline)
+            group, pair = self._mesh.pipeline, OverlappedPair()
+            rank, timeout = self._mesh.place.stage, self._mesh.timeout.total_seconds()
+            self._executors[count] = Executor(schedule, rank, self._chunks, group, pair, self._stopwatch, timeout)
         return self._executors[count]
 
     def _micro_batch(self, given: Given, part: Batch) -> MicroBatch:

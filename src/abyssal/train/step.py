@@ -83,6 +83,8 @@ class RanksResult:
     """Bytes of tokens sent from node to node."""
     moved: int = 0
     """Slots that hold another expert from the next step on."""
+    hidden: float | None = None
+    """In a pipeline, the share of this rank's communication that passed under computation."""
 
 
 class Trainer:
@@ -165,7 +167,9 @@ class Trainer:
             self.average.start()
         self.steps_done += 1
         starved = tuple(self.alarm.add(loads))
-        ranks = None if traffic is None else RanksResult(self.ranks.waiting.take(), *traffic, self._rebalance(loads))
+        ranks = None
+        if traffic is not None:
+            ranks = RanksResult(self.ranks.waiting.take(), *traffic, self._rebalance(loads), self._hidden())
         figures = losses[0], tuple(losses[1:]), balance_loss, norm, lr, mtp_weight, speed
         return StepResult(*figures, loads, starved, ranks)
 
@@ -181,6 +185,10 @@ class Trainer:
         traffic.reset()
         inside, across = self.ranks.sum_counts(own)
         return inside, across
+
+    def _hidden(self) -> float | None:
+        times = None if self.pipeline is None else self.pipeline.times
+        return None if times is None else times.hidden_share
 
     def _rebalance(self, loads: Loads) -> int:
         """Place experts anew where that is due and worth it; how many slots hold another one."""
@@ -207,12 +215,14 @@ class Trainer:
         counts = self.ranks.sum_over_rows([aim.num_learned for aim in targets(batch, depths)])
         parts = batch.parts(self.config.micro_batch_size)
         balance = self._balance(1 / (len(parts) * self.ranks.num_ranks))
-        given = Given(parts, counts, mtp_weight, balance, self.dispatcher)
         if self.pipeline is None:
+            given = Given(parts, counts, mtp_weight, balance, self.dispatcher)
             sums = run_passes(self.model, given, self.masters.arm)
         else:
             self.masters.wait()  # blocks are run stage by stage, which no hook on them sees
-            sums = self.pipeline.run(given)
+            sums = self.pipeline.run(Given(parts, counts, mtp_weight, balance, self._ranks_dispatcher))
+            assert self.pipeline.times is not None
+            self.ranks.waiting.seconds += self.pipeline.times.waiting
         *losses, balance_loss = self.ranks.sum([*sums.losses, sums.balance_loss])
         return losses, balance_loss, self.ranks.sum_loads(sums.loads)
 
