@@ -82,6 +82,17 @@ def test_a_rank_stopped_and_both_started_again(
     assert_same_end(out, alone)
 
 
+def test_a_rank_that_hangs_while_others_wait_for_its_tokens(
+    rank_starter: RankStarter, prepared: Path, tmp_path: Path
+) -> None:
+    ends = rank_starter.start(2, "hung", *train_options(prepared, tmp_path / "run", TIMEOUT)).wait()
+    assert [end.code for end in ends.values()] == [1, 1], ends
+    for end in ends.values():
+        assert end.errors.count("abyssal train: ") == 1 and "rank 1 of 2 " in end.errors, ends
+        assert "made no progress" in end.errors and "(step 3, training)" in end.errors
+        assert end.errors.rstrip().endswith("time.sleep(600)")
+
+
 def test_another_launchers_run_is_not_gone_on_with_unasked(
     rank_starter: RankStarter, prepared: Path, alone: Path
 ) -> None:

@@ -67,7 +67,8 @@ class RankStarter:
         ranks: Sequence[int] | None = None,
         store: Any = None,
     ) -> StartedRanks:
-        """Start ranks that run ``what``, abyssal or :mod:`tests.support.watched_rank`.
+        """Start ranks that run ``what``: abyssal; hung, the same with a rank that stops; or, watched,
+        :mod:`tests.support.watched_rank`.
 
         Args:
             variables: of the environment, by rank, beyond torchrun's.
@@ -161,13 +162,29 @@ def _fork(what: str, arguments: list[str], environment: dict[str, str], outputs:
 
 
 def _run(what: str, arguments: list[str]) -> int:
-    if what == "abyssal":
+    if what == "hung":
+        _hang_in_a_step()
+    if what in ("abyssal", "hung"):
         from abyssal.cli.main import main
 
         return main(arguments)
     from tests.support.watched_rank import run
 
     return run(arguments)
+
+
+def _hang_in_a_step() -> None:
+    """Let rank 1 stand still in its fourth step, with the others waiting for its tokens."""
+    from abyssal.train.step import Trainer
+
+    step = Trainer.step
+
+    def hung(trainer: Trainer, batch: Any) -> Any:
+        if os.environ["RANK"] == "1" and trainer.steps_done == 3:
+            time.sleep(600)
+        return step(trainer, batch)
+
+    Trainer.step = hung
 
 
 def _serve() -> None:

@@ -22,6 +22,8 @@ from types import CodeType, FrameType, TracebackType
 
 _WAITING_FILES = ("torch/distributed/", "abyssal/parallel/launch_meeting.py")
 _WAITING_CALL = re.compile(r"\.(wait|barrier|synchronize)\($")
+_LOCKS = ("threading.py", "concurrent/futures/_base.py", "queue.py")
+"""Where a thread stands that waits for another: in ``abyssal.parallel`` that is one that carries tokens to ranks."""
 _WAITING_ON_GPU = re.compile(r"(^|\.)(item|tolist|cpu|float|int|bool|synchronize)\($")
 """A GPU's collectives return at once; what needs their result waits."""
 
@@ -38,7 +40,7 @@ class Stand:
 def main_thread_stands(on_gpu: bool = False) -> Stand:
     """Where the main thread is now."""
     frame = _main_frame()
-    return Stand(_place(frame), is_waiting(frame.f_code, frame.f_lasti, on_gpu))
+    return Stand(_place(frame), _waits(frame, on_gpu))
 
 
 def main_thread_stack() -> str:
@@ -61,6 +63,16 @@ def is_waiting(code: CodeType, instruction: int, on_gpu: bool = False) -> bool:
         return True
     called = _called(code, instruction)
     return bool(_WAITING_CALL.search(called) or (on_gpu and _WAITING_ON_GPU.search(called)))
+
+
+def _waits(frame: FrameType, on_gpu: bool) -> bool:
+    """Whether a thread whose innermost frame this is waits for other ranks, or for a thread of its own that does."""
+    inner: FrameType | None = frame
+    while inner is not None and inner.f_code.co_filename.endswith(_LOCKS):
+        inner = inner.f_back
+    if inner is None or inner is frame:
+        return is_waiting(frame.f_code, frame.f_lasti, on_gpu)
+    return "abyssal/parallel/" in inner.f_code.co_filename.replace("\\", "/")
 
 
 def _called(code: CodeType, instruction: int) -> str:
