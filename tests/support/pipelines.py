@@ -139,7 +139,7 @@ def on_a_rank(
     plan = schedule(name, size, num_micro_batches)
     chunks = chunks_of(model, plan, rank)
     group = distributed.group.WORLD if size > 1 else None
-    executor = Executor(plan, rank, chunks, group, pair, timeout=20.0)
+    executor = Executor(plan, rank, chunks, group, pair, timeout=100.0)
     try:
         return [run_step(executor, model, chunks, batch(num_micro_batches, step)) for step in range(steps)]
     finally:
@@ -212,7 +212,7 @@ def on_a_mesh(case: OnMesh) -> tuple[Found, StepTimes, tuple[int, int]]:
     plan = schedule(case.schedule, spec.pp, case.num_micro_batches)
     chunks = chunks_of(model, plan, mesh.place.stage)
     pair = OverlappedPair() if case.overlapped else one_after_the_other
-    executor = Executor(plan, mesh.place.stage, chunks, mesh.pipeline, pair, stopwatch, timeout=20.0)
+    executor = Executor(plan, mesh.place.stage, chunks, mesh.pipeline, pair, stopwatch, timeout=100.0)
     try:
         whole_batch = batch(spec.dp * case.num_micro_batches)
         rows = len(whole_batch) // spec.dp
