@@ -49,7 +49,7 @@ class Bucket:
         self.num_ranks, self.rank = distributed.get_world_size(group), distributed.get_rank(group)
         self._layout = lay_out(self.matrices, self.num_ranks)
         self._stretch = max((row[-1].end for row in self._layout), default=0)
-        self._by_kernel = distributed.get_backend(group) == "nccl"
+        self._by_kernel = device.type == "cuda"  # NCCL, though the name of a group that has gloo too is of both
         self._work: distributed.Work | None = None
         self._arriving: Tensor | None = None
         self._sending: Tensor | None = None
