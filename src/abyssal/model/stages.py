@@ -42,6 +42,14 @@ STAGES: tuple[StageName, ...] = (
     "finish",
 )
 COMMUNICATING: frozenset[StageName] = frozenset({"dispatch", "combine"})
+_READS: dict[StageName, tuple[str, ...]] = {
+    "attention_in": ("x_TD",),
+    "attention_out": ("x_TD", "query_THQ", "entries_TX"),
+    "shared": ("u_TD",),
+    "experts": ("rows_AD", "weights_A"),
+    "finish": ("x_TD", "shared_TD", "combined_TD"),
+}
+"""Fields of the record that a stage computes with; it hands on the others, and their gradients back, as they are."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,8 @@ class CutGraph:
     def inputs(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The values as the graph's beginnings; gradients of all of them are collected."""
         self._names = tuple(values)
+        if not values:
+            return {}
         anchor = torch.empty(0, requires_grad=True)
         with torch.enable_grad():
             cut = _Cut.apply(anchor, self._collected, *(value.detach() for value in values.values()))
@@ -179,6 +189,7 @@ class StageRun:
         self._queue = WeightQueue()
         self._step = replace(step, queue=self._queue)
         self._graph = CutGraph()
+        self._made: frozenset[str] = frozenset()
         self._plan: DispatchPlan | None = None
 
     @property
@@ -189,17 +200,21 @@ class StageRun:
         """Run the stage on ``io``, cut from whatever made it."""
         if self.communicates:
             return self.start_forward(io).wait()
-        inputs = io.having(**self._graph.inputs(io.tensors()))
+        read = {name: value for name in _READS[self.name] if (value := getattr(io, name)) is not None}
+        inputs = io.having(**self._graph.inputs(read))
         with torch.enable_grad():
             outputs = run_stage(self.name, self._block, inputs, self._step)
-        self._graph.outputs(outputs.tensors())
+        made = {name: value for name, value in outputs.tensors().items() if value is not getattr(io, name)}
+        self._graph.outputs(made)
+        self._made = frozenset(made)
         return outputs
 
     def backward_input(self, gradients: Gradients) -> Gradients:
         """Gradients of the stage's input from those of its output; weight gradients of its products wait in a queue."""
         if self.communicates:
             return self.start_backward(gradients).wait()
-        return self._graph.backward(gradients)
+        passing = {name: gradient for name, gradient in gradients.items() if name not in self._made}
+        return {**passing, **self._graph.backward(gradients)}
 
     def backward_weight(self) -> None:
         """The weight gradients put off by ``backward_input``."""
