@@ -73,12 +73,15 @@ def process_variables(more: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def open_links(num_nodes: int, gigabits: float, kind: LinkKind | None = None) -> Iterator[Links]:
+def open_links(
+    num_nodes: int, gigabits: float, kind: LinkKind | None = None, burst: int = BURST_BYTES
+) -> Iterator[Links]:
     """The links while the context lasts; whoever started processes on them ends these first.
 
     Args:
         gigabits: a second, each direction of each node's cable.
         kind: by default namespaces, or the limiter where they are refused, which is said.
+        burst: bytes that a bucket lets through at once after a pause; the limiter has none.
 
     Raises:
         LinksRefused: ``kind`` is "namespaces" and this machine refuses them.
@@ -94,7 +97,7 @@ def open_links(num_nodes: int, gigabits: float, kind: LinkKind | None = None) ->
             links = stack.enter_context(LimitedLinks(num_nodes, gigabits))
         else:
             try:
-                links = stack.enter_context(NamespaceLinks(num_nodes, gigabits))
+                links = stack.enter_context(NamespaceLinks(num_nodes, gigabits, burst))
             except LinksRefused as error:
                 if kind is not None:
                     raise
@@ -108,9 +111,10 @@ class NamespaceLinks:
 
     kind: LinkKind = "namespaces"
 
-    def __init__(self, num_nodes: int, gigabits: float) -> None:
+    def __init__(self, num_nodes: int, gigabits: float, burst: int = BURST_BYTES) -> None:
         self.num_nodes = num_nodes
         self.gigabits = gigabits
+        self._burst = burst
         self._holders: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> NamespaceLinks:
@@ -152,7 +156,7 @@ class NamespaceLinks:
     def _wire(self) -> None:
         """Cables from the last namespace, which is the switch, to the others."""
         *nodes, switch = self._holders
-        bucket = f"root tbf rate {round(self.gigabits * 1e9)}bit burst {BURST_BYTES} limit {QUEUE_BYTES}"
+        bucket = f"root tbf rate {round(self.gigabits * 1e9)}bit burst {self._burst} limit {QUEUE_BYTES}"
         _batch(switch, "ip", ["link add bridge0 type bridge", "link set bridge0 up"])
         for number, node in enumerate(nodes):
             port = f"port{number}"
