@@ -28,6 +28,7 @@ from abyssal.checkpoint.model_folder import (
 from abyssal.checkpoint.names import Piece, check_complete, checkpoint_table
 from abyssal.checkpoint.regions import logical_shapes, regions, slots_of
 from abyssal.model.lora import lora_parameters
+from abyssal.model.part import ModelPart
 from abyssal.model.transformer import Transformer
 from abyssal.spec.placement import Placement
 
@@ -39,6 +40,7 @@ def load_model(
     mtp: bool | None = None,
     placements: Mapping[int, Placement] | None = None,
     expert_rank: int = 0,
+    part: ModelPart | None = None,
 ) -> Transformer:
     """The model of a folder, with its weights.
 
@@ -50,6 +52,7 @@ def load_model(
         placements: by layer, where the routed experts are; those of MTP modules that are left out are not needed.
         expert_rank: which of the placements' ranks this is: the model holds the experts in that rank's slots, and the
             others stay on the disk.
+        part: the layers to hold, where a pipeline spreads them; the others stay on the disk too.
 
     Raises:
         FileNotFoundError: no ``config.json``.
@@ -64,7 +67,8 @@ def load_model(
         check_copies(folder, pieces)
         layers = folder.spec.num_layers + spec.mtp_depth
         placed = {layer: placement for layer, placement in (placements or {}).items() if layer < layers}
-        model = Transformer(spec, None, placed, "meta", dtype or folder.dtype(), expert_rank).to_empty(device=device)
+        where = {"dtype": dtype or folder.dtype(), "expert_rank": expert_rank, "part": part}
+        model = Transformer(spec, None, placed, device, **where)
         _fill(model, folder, pieces)
     return model
 
@@ -135,6 +139,8 @@ def _fill(model: nn.Module, folder: CheckpointFolder, pieces: tuple[Piece, ...])
         if piece.copy_of is not None:
             continue
         targets = regions(piece, tensors, slots)  # none for an expert that lives on another rank
+        if targets and targets[0].is_meta:
+            continue  # a layer that lives on another rank
         for target in targets[:1]:
             folder.fill(target, piece.hf_name)
         for replica in targets[1:]:

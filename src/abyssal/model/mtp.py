@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from abyssal.model.block import Block
 from abyssal.model.norm import RMSNorm
 from abyssal.model.step import Step
-from abyssal.precision.linear import Linear
+from abyssal.precision.linear import Linear, WeightQueue
 from abyssal.precision.recipe import Recipe
 from abyssal.spec.model import ModelSpec
 from abyssal.spec.placement import Placement
@@ -53,7 +53,11 @@ class MTPModule(nn.Module):
         self.block = Block(spec, layer, spec.moe is None, recipe, placement, device, dtype, expert_rank)
         self.norm = RMSNorm(hidden, eps, device, dtype)
 
+    def joined(self, embedded_TD: Tensor, hidden_TD: Tensor, queue: WeightQueue | None) -> Tensor:
+        """The block's input (T, D), of the next token's embedding and the previous depth's hidden state [V3 eq. 21]."""
+        joined = torch.cat([self.embedding_norm(embedded_TD), self.hidden_norm(hidden_TD)], -1)
+        return self.projection(joined, queue)
+
     def forward(self, embedded_TD: Tensor, hidden_TD: Tensor, step: Step) -> Tensor:
         """This depth's hidden state (T, D), after its norm: for the head and for the next depth."""
-        joined = torch.cat([self.embedding_norm(embedded_TD), self.hidden_norm(hidden_TD)], -1)
-        return self.norm(self.block(self.projection(joined, step.queue), step))
+        return self.norm(self.block(self.joined(embedded_TD, hidden_TD, step.queue), step))

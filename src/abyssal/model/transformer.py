@@ -133,7 +133,7 @@ class Transformer(nn.Module):
     @property
     def device(self) -> torch.device:
         """Of what it holds."""
-        return next(parameter.device for parameter in self.parameters() if self.part is None or not parameter.is_meta)
+        return next((one.device for one in self.parameters() if not one.is_meta), torch.device("meta"))
 
     @property
     def head_weight(self) -> Tensor:

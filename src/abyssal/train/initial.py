@@ -37,11 +37,13 @@ def start_from(folder: Path) -> tuple[Start, dict[str, Any]]:
         if longer != spec:
             raise ValueError(f"{folder}: its model is another than the one to be trained; give the spec of the folder")
         dtype = torch.float64 if config.compute == "float64" else torch.float32
-        loaded = load_model(folder, dtype=dtype, placements=share.placements, expert_rank=share.rank)
+        where = {"placements": share.placements, "expert_rank": share.rank, "part": share.part}
+        loaded = load_model(folder, dtype=dtype, **where)
         model = Transformer(
             spec, training_recipe(spec, config), loaded.placements(), device="meta", expert_rank=share.rank
         )
         model.load_state_dict(loaded.state_dict(), assign=True)
+        model.part = share.part
         return model
 
     return start, {"folder": str(folder), "weights": _weights_digest(folder)}

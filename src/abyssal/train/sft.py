@@ -183,12 +183,15 @@ def with_vocabulary(model: Transformer, vocab_size: int, generator: torch.Genera
             new = _drawn_rows if name == "embed.weight" else _mean_rows
             weights[name] = torch.cat([weights[name], new(weights[name], vocab_size - old_size, generator)])
     larger.load_state_dict(weights, assign=True)
+    larger.part = model.part
     return larger
 
 
 def _drawn_rows(weight_VD: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    mean_D, std_D = weight_VD.mean(0), weight_VD.std(0)
-    return mean_D + torch.randn(count, len(mean_D), generator=generator, dtype=weight_VD.dtype) * std_D
+    drawn_ND = torch.randn(count, weight_VD.shape[1], generator=generator, dtype=weight_VD.dtype)
+    if weight_VD.is_meta:  # it is on another rank, which draws the same
+        return weight_VD.new_empty(drawn_ND.shape)
+    return weight_VD.mean(0) + drawn_ND * weight_VD.std(0)
 
 
 def _mean_rows(weight_VD: Tensor, count: int, generator: torch.Generator) -> Tensor:

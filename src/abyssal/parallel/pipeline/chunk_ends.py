@@ -119,6 +119,4 @@ class HeadRun:
         """[V3 eq. 21]"""
         module = self._model.mtp[self._depth]
         assert isinstance(module, MTPModule)
-        embedded_TD = self._model.embedded(tokens_T)
-        joined = torch.cat([module.embedding_norm(embedded_TD), module.hidden_norm(hidden_TD)], -1)
-        return module.projection(joined, self._queue)
+        return module.joined(self._model.embedded(tokens_T), hidden_TD, self._queue)
