@@ -70,7 +70,7 @@ def _check_alone(options: RunOptions, verb: str) -> None:
     if spec.world_size > 1:
         raise ValueError(
             f"--mesh {mesh} is of {spec.world_size} ranks, and this process was started alone; start them with "
-            f"{TORCHRUN.format(ranks=spec.world_size, verb=verb)}"
+            f"{TORCHRUN.format(ranks=spec.world_size, verb=verb)}, or give --mesh dp=1 for this process alone"
         )
 
 
