@@ -39,13 +39,13 @@ class Setting:
         ValueError: numbers that do not divide as they must.
     """
 
-    hidden: int = 512
-    layers: int = 4
+    hidden: int = 768
+    layers: int = 2
     heads: int = 16
     experts: int = 8
     top_k: int = 2
-    expert_ffn: int = 448
-    rows: int = 2
+    expert_ffn: int = 576
+    rows: int = 1
     """Sequences of a micro-batch."""
     length: int = 256
     """Tokens of a sequence."""
