@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from abyssal.train.config import BalanceConfig
+from abyssal.train.config import BalanceConfig, ParallelConfig
 from tests.support.covering import Row, all_rows, pairwise_rows
 from tests.support.many_ranks import (
     COMPARED_STEPS,
@@ -48,6 +48,9 @@ FEATURES = {
     "every expert on every rank": Case("dp=2,ep=1", micro_batch_size=4),
     "an average and recomputation": Case(
         "dp=4,ep=2", redundant=2, config={"ema_decay": 0.9, "recompute": ("norm", "up_projection", "swiglu")}
+    ),
+    "an average of masters that were the model's parameters until experts moved": Case(
+        "dp=2,ep=2", moves=True, config={"ema_decay": 0.9, "parallel": ParallelConfig(mesh="dp=2,ep=2")}
     ),
     "adapters": Case("dp=4,ep=2", redundant=2, moves=True, lora=True),
 }

@@ -19,13 +19,14 @@ class HostAverage:
     """average ← decay · average + (1 − decay) · parameter, of every parameter, in FP32 at least.
 
     Args:
-        parameters: the live tensors, by any name: whole parameters, or this rank's part of their masters.
+        parameters: the live tensors, by any name: whole parameters, or this rank's part of their masters.  It is read
+            at each addition: masters may become other tensors when experts are placed anew.
         decay: of one step.  V3 does not say its own.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
-        self._parameters = dict(parameters)
+        self._parameters = parameters
         self.tensors = {name: self._copy(parameter) for name, parameter in self._parameters.items()}
         """By the parameters' names, on the host.  Call :meth:`wait` before reading."""
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ema")

@@ -234,6 +234,8 @@ class Trainer:
         """
         if not isinstance(self.masters, ShardedMasters) or self._ranks_dispatcher is None:
             raise ValueError("placements: all experts are on this rank; a mesh with ep above 1 has others to move to")
+        if self.average is not None:
+            self.average.wait()  # it reads masters, which may be what slots hold now
         self.masters.place(placements)
         self._ranks_dispatcher.place(self.model.placements())
 
