@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -75,9 +76,7 @@ def test_the_trace_has_every_move_once_and_one_message_at_a_time(
         assert len(tracks[2]) == 4 * setting.layers * setting.micro_batches
         for track in tracks[1:]:
             ordered = sorted(track, key=lambda one: one["ts"])
-            assert all(
-                one["ts"] + one["dur"] <= after["ts"] + 2 for one, after in zip(ordered, ordered[1:], strict=False)
-            )
+            assert all(one["ts"] + one["dur"] <= after["ts"] + 2 for one, after in itertools.pairwise(ordered))
 
 
 def test_what_waited_on_its_lane_is_drawn_behind_what_was_before_it() -> None:
