@@ -1,6 +1,6 @@
 """How much communication an overlapped pair hides: a step one after the other, overlapped, and without communication.
 
-    python benchmarks/overlap.py [--ratio 0.85] [--gigabits RATE] [--hidden 512] [--micro-batches 32] [--repeats 5]
+    python benchmarks/overlap.py [--ratio 0.85] [--gigabits RATE] [--hidden 1024] [--micro-batches 32] [--repeats 3]
         [--links namespaces | limiter] [--results FOLDER | --docs] [--smoke] [--draw]
 
 Two ranks hold a model's experts together, each a process of one thread on a core of its own, its communication's
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _machinery(chosen: argparse.Namespace, data: dict[str, Any]) -> None:
     """What needs no link."""
-    unit, sleeps, micro_batches = (0.002, 1, 2) if chosen.smoke else (0.02, 3, 4)
-    overhead = measure_overhead(chosen.setting, micro_batches, chosen.repeats)
+    unit, sleeps, micro_batches = (0.002, 1, 2) if chosen.smoke else (0.02, 3, 2)
+    overhead = measure_overhead(chosen.setting, micro_batches, 1 if chosen.smoke else chosen.repeats + 4)
     print("", *table.overhead(overhead), sep="\n", flush=True)
     slept = measure_sleeping(16, unit, sleeps)
     print("", *table.sleeping(slept), sep="\n", flush=True)
@@ -80,7 +80,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=Setting.rows, help=f"of {Setting.length} tokens, a micro-batch")
     parser.add_argument("--layers", type=int, default=Setting.layers)
     parser.add_argument("--micro-batches", type=int, default=Setting.micro_batches, help="of a rank and step")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds")
     parser.add_argument("--links", choices=get_args(LinkKind), help="by default namespaces where they are allowed")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what is saved")
     parser.add_argument("--docs", action="store_true", help="save in docs/results")

@@ -108,7 +108,7 @@ def measure(
     if gigabits is None:
         short = replace(setting, micro_batches=min(setting.micro_batches, TRIAL))
         gigabits = _rate(short, ratio, kind)
-        found, _ = _over(short, gigabits, kind, 2)
+        found, _ = _over(short, gigabits, kind, 1)
         print(f"{gigabits:.4f} Gbit/s: communication is {found.ratio:.2f} of computation, {ratio} is wanted")
         gigabits *= min(2.0, max(0.5, found.ratio / ratio))
     return _over(setting, gigabits, kind, repeats)
