@@ -36,9 +36,8 @@ MESHES = [
     MeshSpec(dp=2, ep=2, ranks_per_node=1),
     MeshSpec(dp=4, ep=4, ranks_per_node=2),
     MeshSpec(dp=4, ep=2, ranks_per_node=4),
-    MeshSpec(dp=8, ep=8, ranks_per_node=2),
-    MeshSpec(dp=8, ep=4, ranks_per_node=2),
 ]
+SLOW_MESHES = [MeshSpec(dp=8, ep=8, ranks_per_node=2), MeshSpec(dp=8, ep=4, ranks_per_node=2)]
 
 
 def placements(ep: int) -> list[Placement]:
@@ -80,7 +79,11 @@ def _compare(batch: Batch, dispatcher: RankDispatcher, mesh: Mesh, bound: float)
     assert bool((difference_TD <= bound * sizes_TD[own_tokens]).all())
 
 
-@pytest.mark.parametrize("spec", MESHES, ids=lambda spec: f"{spec},nodes={spec.num_nodes}")
+@pytest.mark.parametrize(
+    "spec",
+    [*MESHES, *(pytest.param(spec, marks=pytest.mark.slow) for spec in SLOW_MESHES)],
+    ids=lambda spec: f"{spec},nodes={spec.num_nodes}",
+)
 def test_rows_weights_and_sums_are_those_of_one_rank(workers, spec: MeshSpec) -> None:
     workers(spec.world_size, timeout=180)(check_against_one_rank, spec)
 

@@ -58,12 +58,14 @@ def _under_torchrun(prepared: Path, out: Path, name: str, rank: int, step: int) 
     assert [event["event"] for event in events(out)].count("resume") == 1 or not saved
 
 
+@pytest.mark.slow
 def test_a_rank_killed_under_torchrun(prepared: Path, alone: Path, tmp_path: Path) -> None:
     rank, step = random.randrange(2), random.randrange(3, STEPS // 2)
     _under_torchrun(prepared, tmp_path / "run", "SIGKILL", rank, step)
     assert_same_end(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
 def test_a_rank_stopped_and_both_started_again(
     rank_starter: RankStarter, prepared: Path, alone: Path, tmp_path: Path
 ) -> None:

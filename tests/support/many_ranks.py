@@ -52,8 +52,8 @@ CONFIG = TrainConfig(
     balance=BalanceConfig(bias_speed=0.01, sequence_alpha=0.1, expert_alpha=0.05, communication_alpha=0.02),
     validate_every=100,
 )
-COMPARED_STEPS = (0, 9, 19)
-"""After which the gradients are kept; losses are kept of all."""
+COMPARED_STEPS = (0, 4, 9, 19)
+"""Whose gradients are kept; losses are kept of all."""
 
 
 @dataclass(frozen=True)

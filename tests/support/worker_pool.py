@@ -25,7 +25,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-DEFAULT_TIMEOUT = 60.0
+DEFAULT_TIMEOUT = 150.0
+"""Generous: eight processes that start on a busy machine take a minute."""
 GRACE_AFTER_FAILURE = 1.0
 """Seconds that the other ranks get to finish once one has failed: most then wait for it in a collective."""
 
