@@ -22,6 +22,7 @@ from support.runs import Runs, steps
 
 from abyssal.data.batch import Batch, RowStream
 from abyssal.data.shards import PreparedData
+from abyssal.model.share import ExpertShare
 from abyssal.model.transformer import Transformer
 from abyssal.spec.model import ModelSpec
 from abyssal.train.balance import max_violation
@@ -65,8 +66,9 @@ def paired_data(source: PreparedData, spec: ModelSpec, config: TrainConfig) -> T
     return TrainingData(stream, held_out, deepest.tokenizer, record)
 
 
-def paired_weights(spec: ModelSpec, config: TrainConfig) -> Transformer:
+def paired_weights(spec: ModelSpec, config: TrainConfig, share: ExpertShare | None = None) -> Transformer:
     """The model of step 0, with the tensors of the seed's reference model wherever it has one like it."""
+    assert share is None, "ablations run on one rank"
     started = build_model(spec, config)
     reference = replace(model(mtp_depth=LARGEST_DEPTH), vocab_size=spec.vocab_size)
     tensors = build_model(reference, config).state_dict()

@@ -50,7 +50,8 @@ def check(part: Transformer, whole: Transformer, held: tuple[int, ...]) -> None:
 
 
 def test_the_experts_of_a_rank_are_drawn_alike_in_any_part() -> None:
-    placements = dict.fromkeys((1, 2), Placement(4, (3, 1, 0, 2), 2))
+    placement = Placement(4, (3, 1, 0, 2), 2)
+    placements = {1: placement, 2: placement}
     whole = Transformer(SMALL)
     whole.init_weights(torch.Generator().manual_seed(5))
     part = Transformer(SMALL, placements=placements, expert_rank=1, part=ModelPart.of(STAGES, [1]))

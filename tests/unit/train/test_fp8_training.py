@@ -29,6 +29,7 @@ from abyssal.train.loop import build_model, training_recipe
 from abyssal.train.loss import training_loss
 from abyssal.train.step import Trainer
 from tests.support.checkpoints import SMALL, random_model
+from tests.support.whole_state import whole_state
 
 SPEC = dataclasses.replace(SMALL, init_std=0.1)
 CONFIG = TrainConfig(
@@ -139,14 +140,14 @@ def test_a_resumed_run_is_the_same_bit_for_bit() -> None:
     for step in range(3):
         whole.step(batch(step))
         stopped.step(batch(step))
-    tensors = {name: tensor.clone() for name, tensor in stopped.tensors().items()}
+    tensors = {name: tensor.clone() for name, tensor in whole_state(stopped).items()}
     other = trainer()
-    for name, tensor in other.tensors().items():
+    for name, tensor in whole_state(other).items():
         tensor.copy_(tensors[name])
     other.restore(stopped.fields(), tensors["generator/torch"])
     for step in range(3, 6):
         assert whole.step(batch(step)).loss == other.step(batch(step)).loss
-    assert all(torch.equal(tensor, other.tensors()[name]) for name, tensor in whole.tensors().items())
+    assert all(torch.equal(tensor, whole_state(other)[name]) for name, tensor in whole_state(whole).items())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

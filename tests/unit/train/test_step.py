@@ -20,6 +20,7 @@ from abyssal.train.loop import build_model, with_recipe
 from abyssal.train.loss import training_loss
 from abyssal.train.step import Trainer
 from tests.support.checkpoints import SMALL
+from tests.support.whole_state import whole_state
 
 SPEC = dataclasses.replace(SMALL, init_std=0.1)
 assert SPEC.moe is not None
@@ -171,10 +172,10 @@ def test_a_restored_trainer_goes_on_bit_for_bit(compute) -> None:
     for step in range(3):
         whole.step(batch(step))
     whole.alarm.dry[1] = [3, 0, 2, 0]
-    tensors, fields = {name: t.clone() for name, t in whole.tensors().items()}, whole.fields()
+    tensors, fields = {name: t.clone() for name, t in whole_state(whole).items()}, whole.fields()
     torch.manual_seed(99)
     other = Trainer(build_model(SPEC, dataclasses.replace(config, seed=5)), config)
-    mine = other.tensors()
+    mine = whole_state(other)
     assert mine.keys() == tensors.keys()
     for name, tensor in mine.items():
         tensor.copy_(tensors[name])
@@ -184,7 +185,7 @@ def test_a_restored_trainer_goes_on_bit_for_bit(compute) -> None:
     for step in range(3, 6):
         first, second = whole.step(batch(step)), other.step(batch(step))
         assert (first.loss, first.lr, first.grad_norm) == (second.loss, second.lr, second.grad_norm)
-    ends = whole.tensors(), other.tensors()
+    ends = whole_state(whole), whole_state(other)
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert {**whole.fields(), "seconds": 0} == {**other.fields(), "seconds": 0}
 
