@@ -61,7 +61,9 @@ class RunFolder:
         Raises:
             ValueError: it exists and is not empty, or is no folder.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (
+            not self.path.is_dir() or any(not _is_left_over(one) for one in self.path.iterdir())
+        ):
             hint = "go on with --resume, give another --out" if self.record.exists() else "give another --out"
             raise ValueError(f"{self.path}: exists and is not an empty folder; {hint}, or remove it first")
 
@@ -80,6 +82,11 @@ class RunFolder:
             raise ValueError(
                 f"{self.path}: the model needs {needed:,} bytes{checkpoints} and the disk has {free:,}; make room"
             )
+
+
+def _is_left_over(path: Path) -> bool:
+    """Whether it is a token by which ranks looked whether they share the folder, and which a killed one left there."""
+    return path.name.startswith(".shared-")
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:

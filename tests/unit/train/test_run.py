@@ -79,6 +79,14 @@ def test_an_interrupted_run_keeps_its_metrics_and_leaves_no_model(prepared: Prep
         folder.check_free()
 
 
+def test_a_token_that_killed_ranks_left_does_not_fill_a_folder(tmp_path: Path) -> None:
+    (tmp_path / ".shared-0123456789abcdef").touch()
+    RunFolder(tmp_path).check_free()
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        RunFolder(tmp_path).check_free()
+
+
 def test_a_resumed_run_ends_as_one_that_never_stopped(prepared: PreparedData, tmp_path: Path) -> None:
     """Weights, average and every line of the metrics but times."""
     run = run_of(prepared, SPEC, SAVING)
