@@ -14,6 +14,7 @@ import pytest
 from benchmarks.dispatch_parts.expected import hierarchical_copies, plain_copies
 from benchmarks.dispatch_parts.setting import Setting
 
+pytestmark = pytest.mark.slow
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "dispatch.py"
 SETTING = Setting(nodes=2, ranks_per_node=2, kept_nodes=2, tokens=128, hidden=512, experts=64)
 

@@ -17,6 +17,7 @@ from abyssal.parallel.pipeline.interleaving import BACKWARD_ROW, FORWARD_ROW
 from benchmarks.overlap_parts.setting import Setting
 from benchmarks.overlap_parts.trace import one_at_a_time
 
+pytestmark = pytest.mark.slow
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "overlap.py"
 GIGABITS = 0.02
 

@@ -84,6 +84,7 @@ def test_a_rank_stopped_and_both_started_again(
     assert_same_end(out, alone)
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_while_others_wait_for_its_tokens(
     rank_starter: RankStarter, prepared: Path, tmp_path: Path
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_rank_that_hangs_while_others_wait_for_its_tokens(
         assert end.errors.rstrip().endswith("time.sleep(600)")
 
 
+@pytest.mark.slow
 def test_another_launchers_run_is_not_gone_on_with_unasked(
     rank_starter: RankStarter, prepared: Path, alone: Path
 ) -> None:

@@ -90,6 +90,12 @@ def test_losses_and_gradients_are_those_of_one_rank(row: Row, workers: WorkerPoo
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_so_they_are_with(name: str, workers: WorkerPool) -> None:
+    check(FEATURES[name], workers, name, steps=7)  # experts move twice in them
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FEATURES)
+def test_so_they_are_for_longer_with(name: str, workers: WorkerPool) -> None:
     check(FEATURES[name], workers, name)
 
 
