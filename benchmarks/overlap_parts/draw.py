@@ -43,7 +43,7 @@ def _steps(axes: Any, found: dict[str, Any]) -> None:
     for place, way in enumerate(WAYS):
         axes.plot([place] * len(found["seconds"][way]), found["seconds"][way], "_", color="black", markersize=7)
         above = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center"}
-        axes.annotate(f"{medians[place]:.2f} s", (place, medians[place]), **above)
+        axes.annotate(f"{medians[place]:.2f} s", (place, max(found["seconds"][way])), **above)
     axes.set_xticks(range(3), [NAMES[way].replace(" ", "\n", 1) for way in WAYS], fontsize=9)
     axes.set_ylim(0, 1.15 * max(medians))
     _plain(axes, "a step (− rounds)", "seconds")

@@ -54,6 +54,7 @@ def test_python_runs() -> None:
 def test_every_schedule_and_picture_is_there() -> None:
     assert re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE) == list(SCHEDULES)
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", PAGE)
-    assert pictures == [f"results/pipeline-{name}.png" for name in ("1f1b", "zb1p", "dualpipe", "dualpipev")]
+    drawn = [f"results/pipeline-{name}.png" for name in ("1f1b", "zb1p", "dualpipe", "dualpipev")]
+    assert pictures == [*drawn, "results/overlap.png"]
     assert all((DOCS / picture).is_file() for picture in pictures)
     assert len(SHOWN) == 2 and len(COMMANDS) == 7
