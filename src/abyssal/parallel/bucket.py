@@ -55,10 +55,6 @@ class Bucket:
         self._sending: Tensor | None = None
         self._gradients: list[Tensor] | None = None
 
-    @property
-    def num_elements(self) -> int:
-        return sum(row[-1].end for row in self._layout)
-
     def own_rows(self, index: int) -> tuple[int, int]:
         """First row and end of this rank's part of matrix ``index``."""
         return self.matrices[index].rows(self.rank, self.num_ranks)

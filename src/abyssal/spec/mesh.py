@@ -86,11 +86,6 @@ class MeshSpec:
         return self.pp * self.dp
 
     @property
-    def expert_replicas(self) -> int:
-        """Expert groups of a pipeline stage: copies of each expert, but for redundant ones."""
-        return self.dp // self.ep
-
-    @property
     def num_nodes(self) -> int:
         return 1 if self.ranks_per_node is None else self.world_size // self.ranks_per_node
 

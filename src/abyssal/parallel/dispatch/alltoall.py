@@ -13,7 +13,7 @@ Legend: T tokens, D model (or bytes of a token), K chosen experts, A rows, sent 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from abyssal.parallel.dispatch.exchange import Peers, wait_for
 from abyssal.parallel.dispatch.lane import Lane
 from abyssal.parallel.dispatch.links import LinkBytes, Traffic
 from abyssal.parallel.dispatch.order import inverse, runs, sorting, take
+from abyssal.parallel.dispatch.routed import RoutedPlan
 from abyssal.parallel.mesh import Mesh
 from abyssal.spec.placement import Placement
 
@@ -49,19 +50,6 @@ class Route:
     order_A: Tensor
     """Place among the arrivals of each row sorted by slot."""
     inverse_A: Tensor
-
-
-@dataclass(frozen=True)
-class AllToAllPlan:
-    """Where each row goes."""
-
-    layer: int
-    slots_TK: Tensor
-    route: Handle[Route]
-
-    @property
-    def counts(self) -> Sequence[int]:
-        return self.route.wait().counts
 
 
 class AllToAllDispatcher:
@@ -95,16 +83,16 @@ class AllToAllDispatcher:
         """End the dispatcher's thread."""
         self._lane.close()
 
-    def plan(self, layer: int, expert_ids_TK: Tensor) -> AllToAllPlan:
+    def plan(self, layer: int, expert_ids_TK: Tensor) -> RoutedPlan[Route]:
         slots_TK, placement, counted = self._slot_maps[layer](expert_ids_TK), self.placements[layer], self.traffic.plan
         own = fingerprint(layer, placement, expert_ids_TK.shape[1])
 
         def find() -> Route:
             return self._find_route(slots_TK.flatten(), placement.num_slots, own, counted)
 
-        return AllToAllPlan(layer, slots_TK, self._lane.submit(f"plan of layer {layer}", find))
+        return RoutedPlan[Route](layer, slots_TK, self._lane.submit(f"plan of layer {layer}", find))
 
-    def start_dispatch(self, x_TD: Tensor, weights_TK: Tensor | None, plan: AllToAllPlan) -> Handle[Sent]:
+    def start_dispatch(self, x_TD: Tensor, weights_TK: Tensor | None, plan: RoutedPlan[Route]) -> Handle[Sent]:
         """As the protocol says; ValueError for other tokens than the plan's."""
         check_rows("tokens", len(x_TD), len(plan.slots_TK))
         counted = self.traffic.dispatch
@@ -118,7 +106,7 @@ class AllToAllDispatcher:
 
         return self._lane.submit(f"dispatch of layer {plan.layer}", send)
 
-    def start_combine(self, rows_AD: Tensor, weights_A: Tensor | None, plan: AllToAllPlan) -> Handle[Sent]:
+    def start_combine(self, rows_AD: Tensor, weights_A: Tensor | None, plan: RoutedPlan[Route]) -> Handle[Sent]:
         """As the protocol says; ValueError for other rows than the plan's."""
         check_rows("rows", len(rows_AD), sum(plan.counts))
         counted = self.traffic.combine

@@ -25,7 +25,7 @@ W summands.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,7 @@ from abyssal.parallel.dispatch.hops import Hop, open_hop, travel_back, travel_ou
 from abyssal.parallel.dispatch.lane import Lane
 from abyssal.parallel.dispatch.links import LinkBytes, Traffic
 from abyssal.parallel.dispatch.order import inverse, sorting
+from abyssal.parallel.dispatch.routed import RoutedPlan
 from abyssal.parallel.dispatch.routes import Held, chunk_size, summands, tokens_held
 from abyssal.parallel.dispatch.tune import ChunkSize, measure, worth_measuring
 from abyssal.parallel.mesh import Mesh
@@ -62,19 +63,6 @@ class Route:
     """Row of the buffer that holds the token of each row."""
     sums_QW: Tensor
     """For each row of that buffer its rows at the experts, in the router's order."""
-
-
-@dataclass(frozen=True)
-class HierarchicalPlan:
-    """Where each row goes."""
-
-    layer: int
-    slots_TK: Tensor
-    route: Handle[Route]
-
-    @property
-    def counts(self) -> Sequence[int]:
-        return self.route.wait().counts
 
 
 class HierarchicalDispatcher:
@@ -121,7 +109,7 @@ class HierarchicalDispatcher:
         """End the dispatcher's thread."""
         self._lane.close()
 
-    def plan(self, layer: int, expert_ids_TK: Tensor) -> HierarchicalPlan:
+    def plan(self, layer: int, expert_ids_TK: Tensor) -> RoutedPlan[Route]:
         slots_TK = self._slot_maps[layer](expert_ids_TK)
         own = fingerprint(layer, self.placements[layer], expert_ids_TK.shape[1])
         slots_per_rank, counted = self.placements[layer].slots_per_rank, self.traffic.plan
@@ -129,9 +117,9 @@ class HierarchicalDispatcher:
         def find() -> Route:
             return self._find_route(slots_TK, slots_per_rank, own, self._chunk_tokens, counted)
 
-        return HierarchicalPlan(layer, slots_TK, self._lane.submit(f"plan of layer {layer}", find))
+        return RoutedPlan[Route](layer, slots_TK, self._lane.submit(f"plan of layer {layer}", find))
 
-    def start_dispatch(self, x_TD: Tensor, weights_TK: Tensor | None, plan: HierarchicalPlan) -> Handle[Sent]:
+    def start_dispatch(self, x_TD: Tensor, weights_TK: Tensor | None, plan: RoutedPlan[Route]) -> Handle[Sent]:
         """As the protocol says; ValueError for other tokens than the plan's."""
         check_rows("tokens", len(x_TD), len(plan.slots_TK))
         counted = self.traffic.dispatch
@@ -145,7 +133,7 @@ class HierarchicalDispatcher:
 
         return self._lane.submit(f"dispatch of layer {plan.layer}", send)
 
-    def start_combine(self, rows_AD: Tensor, weights_A: Tensor | None, plan: HierarchicalPlan) -> Handle[Sent]:
+    def start_combine(self, rows_AD: Tensor, weights_A: Tensor | None, plan: RoutedPlan[Route]) -> Handle[Sent]:
         """As the protocol says; ValueError for other rows than the plan's."""
         check_rows("rows", len(rows_AD), sum(plan.counts))
         counted = self.traffic.combine
@@ -167,7 +155,7 @@ class HierarchicalDispatcher:
         inside, held = open_hop(self._inside, held, slots, nodes, chunks, tokens, own, counted)
         return _at_experts(across, inside, held, slots)
 
-    def _measure(self, x_TD: Tensor, plan: HierarchicalPlan, most_tokens: int) -> None:
+    def _measure(self, x_TD: Tensor, plan: RoutedPlan[Route], most_tokens: int) -> None:
         """Find the size of chunks for the plans to come, with these tokens; on the lane's thread."""
         slots_per_rank, uncounted = len(plan.counts), LinkBytes()
 
