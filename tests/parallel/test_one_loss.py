@@ -14,6 +14,7 @@ from tests.support.many_ranks import (
     SPEC,
     Case,
     Outcome,
+    in_small_buckets,
     on_a_rank,
     rebalanced_on_a_rank,
     reference,
@@ -91,6 +92,14 @@ def test_losses_and_gradients_are_those_of_one_rank(row: Row, workers: WorkerPoo
 @pytest.mark.parametrize("name", FEATURES)
 def test_so_they_are_with(name: str, workers: WorkerPool) -> None:
     check(FEATURES[name], workers, name, steps=7)  # experts move twice in them
+
+
+def test_each_module_waits_for_its_own_values(workers: WorkerPool) -> None:
+    case = Case("dp=2,ep=2", redundant=2, moves=True)
+    wanted = _reference(case.masked, case.lora, case.num_layers, 5, "")
+    for outcome in workers(2)(in_small_buckets, case, 5):
+        for ours, theirs in zip(outcome.losses, wanted.losses, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-9)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from abyssal.checkpoint.shards import Sharded
 from abyssal.data.batch import Batch
 from abyssal.model.lora import LoraConfig, add_lora
 from abyssal.model.step import Step
+from abyssal.parallel import zero
 from abyssal.parallel.mesh import Mesh
 from abyssal.spec.model import LatentAttentionSpec, ModelSpec, MoESpec
 from abyssal.spec.placement import Placement
@@ -159,6 +160,15 @@ def on_a_rank(case: Case, steps: int = 20) -> Outcome:
             trainer.close()
     finally:
         mesh.close()
+
+
+def in_small_buckets(case: Case, steps: int) -> Outcome:
+    """The same with a message for nearly every parameter, as a large model has: each module waits for its own alone."""
+    size, zero.BUCKET_ELEMENTS = zero.BUCKET_ELEMENTS, 1
+    try:
+        return on_a_rank(case, steps)
+    finally:
+        zero.BUCKET_ELEMENTS = size
 
 
 def run(trainer: Trainer, case: Case, steps: int) -> Outcome:
