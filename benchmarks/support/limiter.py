@@ -1,6 +1,6 @@
 """Slow links in user space, where network namespaces are refused: a rank waits as long as its bytes would have taken.
 
-Ranks are ordinary processes that talk over ``lo``.  :func:`hold_back` wraps the one collective that dispatchers use:
+Ranks are ordinary processes that talk over ``lo``.  :func:`hold_back` wraps the all-to-all that dispatchers use:
 what it sends to ranks of other nodes takes its turn on its node's cable outwards and on the other's inwards, and is
 sent when the last byte would have been through.  The cables' state, when each is free again and how many bytes went
 through, lies in a file that all ranks share.
@@ -100,7 +100,7 @@ class Cables:
 
 
 def hold_back(nodes: Sequence[int]) -> None:
-    """In a rank that :class:`LimitedLinks` started: from now on ``all_to_all_single`` takes the time of the slow link.
+    """In a rank that :class:`LimitedLinks` started: from now on an all-to-all takes the time of the slow link.
 
     Anywhere else it does nothing.
 
@@ -111,38 +111,32 @@ def hold_back(nodes: Sequence[int]) -> None:
         return
     from torch import Tensor, distributed
 
+    from abyssal.parallel import all_to_all
+
     cables, node = Cables(Path(os.environ[FILE])), int(os.environ[NODE])
     seconds_a_byte = 8 / (float(os.environ[RATE]) * 1e9)
-    original = distributed.all_to_all_single
-    senders: dict[distributed.ProcessGroup | None, ThreadPoolExecutor] = {}  # one thread a group keeps its order
+    original = all_to_all.start
+    senders: dict[Any, ThreadPoolExecutor] = {}  # one thread a group keeps its order
 
     def held_back(
-        output: Tensor,
-        input: Tensor,
-        output_split_sizes: list[int] | None = None,
-        input_split_sizes: list[int] | None = None,
-        group: distributed.ProcessGroup | None = None,
-        async_op: bool = False,
-    ) -> Held | None:
-        ranks = distributed.get_process_group_ranks(group)
-        rows = input_split_sizes or [len(input) // len(ranks)] * len(ranks)
-        row_bytes = input.nbytes // max(len(input), 1)
+        pieces: Sequence[tuple[Tensor, Tensor]], received: Sequence[int], sent: Sequence[int], group: Any
+    ) -> Held:
+        size = sum(rows[:1].nbytes for _, rows in pieces)
         crossing: dict[int, int] = {}
-        for rank, count in zip(ranks, rows, strict=True):
+        for rank, count in zip(distributed.get_process_group_ranks(group), sent, strict=True):
             if nodes[rank] != node and count:
-                crossing[nodes[rank]] = crossing.get(nodes[rank], 0) + count * row_bytes
+                crossing[nodes[rank]] = crossing.get(nodes[rank], 0) + count * size
         end = cables.book(node, crossing, seconds_a_byte)
 
         def send() -> None:
             time.sleep(max(0.0, end - time.monotonic()))
-            original(output, input, output_split_sizes, input_split_sizes, group)
+            original(pieces, received, sent, group).wait()
 
         if group not in senders:
             senders[group] = ThreadPoolExecutor(1)
-        held = Held(senders[group].submit(send))
-        return held if async_op else held.wait()
+        return Held(senders[group].submit(send))
 
-    distributed.all_to_all_single = held_back
+    all_to_all.start = held_back
 
 
 class Held:

@@ -35,7 +35,7 @@ OPTIONS = {
 
 def case_of(row: Row) -> Case:
     fields: dict[str, Any] = {name: row[name] for name in ("mesh", "dispatch", "ranks_per_node", "masked")}
-    redundant = 0 if row["replicas"] == "none" else 4
+    redundant = 0 if row["replicas"] == "none" else max(4, int(row["mesh"][-1]))
     micro = None if row["micro_batch_size"] is None else {2: 4, 4: 2, 8: 1}[int(row["mesh"][3])]
     return Case(**fields, micro_batch_size=micro, redundant=redundant, moves=row["replicas"] == "moving")
 

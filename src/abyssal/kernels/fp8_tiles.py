@@ -11,9 +11,9 @@ The definition is :mod:`~abyssal.kernels.fp8_tiles_reference`, in PyTorch; where
 Rounding has no gradient, so results never require one.
 
 Error bound.  For |x| up to 2^127 in a tile of scale s, m mantissa bits and smallest normal code 2^e:
-|dequantised - x| <= max(2^-(m+1) |x|, 2^(e-m-1) s) (1 + 2^-16) + 2^-149.  A cast to BF16 adds 2^-8 relative where the
-scale is no power of two, nothing where it is (2^-113 at least): seven significant bits are the most that a code has.
-Above 2^127 a value may round to infinity.
+|dequantised - x| <= max(2^-(m+1) |x|, 2^(e-m-1) s) (1 + 2^-16) + 2^-149.  A cast to BF16 adds 2^-8 relative and
+2^-134, half of its smallest step, where the scale is no power of two, and nothing where it is one of 2^-113 or more:
+seven significant bits are the most that a code has.  Above 2^127 a value may round to infinity.
 
 Legend: T rows, I columns, ``_Ti`` scales by row and tile of columns, ``_tI`` by tile of rows and column.
 """

@@ -87,6 +87,8 @@ class StageIO:
 
 Gradients = dict[str, Tensor]
 """Gradients of a :class:`StageIO`, by field name."""
+Arrivals = dict[str, Tensor | Quantised | None]
+"""Fields of a :class:`StageIO` that communication brings."""
 
 
 def _dispatch(io: StageIO, step: Step) -> StageIO:
@@ -94,11 +96,12 @@ def _dispatch(io: StageIO, step: Step) -> StageIO:
     if io.plan is None:
         return io
     assert io.u_TD is not None and io.weights_TK is not None
-    return _arrived(io, dispatch(io.u_TD, io.weights_TK, io.plan, step.dispatcher, step.wire))
+    rows = dispatch(io.u_TD, io.weights_TK, io.plan, step.dispatcher, step.wire)
+    return io.having(weights_TK=None, **_arrivals(rows))
 
 
-def _arrived(io: StageIO, rows: Rows) -> StageIO:
-    return io.having(weights_TK=None, rows_AD=rows.values_AD, weights_A=rows.weights_A, rows_codes=rows.codes)
+def _arrivals(rows: Rows) -> Arrivals:
+    return {"rows_AD": rows.values_AD, "weights_A": rows.weights_A, "rows_codes": rows.codes}
 
 
 def _combine(io: StageIO, step: Step) -> StageIO:
@@ -199,7 +202,8 @@ class StageRun:
     def forward(self, io: StageIO) -> StageIO:
         """Run the stage on ``io``, cut from whatever made it."""
         if self.communicates:
-            return self.start_forward(io).wait()
+            rest, coming = self.start_forward(io)
+            return rest.having(**coming.wait())
         read = {name: value for name in _READS[self.name] if (value := getattr(io, name)) is not None}
         inputs = io.having(**self._graph.inputs(read))
         with torch.enable_grad():
@@ -212,7 +216,8 @@ class StageRun:
     def backward_input(self, gradients: Gradients) -> Gradients:
         """Gradients of the stage's input from those of its output; weight gradients of its products wait in a queue."""
         if self.communicates:
-            return self.start_backward(gradients).wait()
+            rest, coming = self.start_backward(gradients)
+            return joined(rest, coming.wait())
         passing = {name: gradient for name, gradient in gradients.items() if name not in self._made}
         return {**passing, **self._graph.backward(gradients)}
 
@@ -220,41 +225,51 @@ class StageRun:
         """The weight gradients put off by ``backward_input``."""
         self._queue.run()
 
-    def start_forward(self, io: StageIO) -> Handle[StageIO]:
-        """Begin the communication of a stage that communicates."""
+    def start_forward(self, io: StageIO) -> tuple[StageIO, Handle[Arrivals]]:
+        """Begin the communication of a stage that communicates.
+
+        Returns:
+            what stays at hand, which other stages may compute with meanwhile, and the fields that will come.
+        """
         assert self.communicates, self.name
         self._plan = io.plan
         if io.plan is None:
-            return Done(io)
+            return io, Done({})
         dispatcher, plan = self._step.dispatcher, io.plan
         if self.name == "dispatch":
             assert io.u_TD is not None and io.weights_TK is not None
             handle = start_dispatch(dispatcher, io.u_TD.detach(), io.weights_TK.detach(), plan, self._step.wire)
-            return Then(handle, lambda rows: _arrived(io, rows))
+            return io.having(weights_TK=None), Then(handle, _arrivals)
         assert io.rows_AD is not None
         handle = dispatcher.start_combine(io.rows_AD.detach(), None, plan)
-        rest = io.having(plan=None, rows_AD=None)
-        return Then(handle, lambda sent: rest.having(combined_TD=sent[0]))
+        return io.having(plan=None, rows_AD=None), Then(handle, lambda sent: {"combined_TD": sent[0]})
 
-    def start_backward(self, gradients: Gradients) -> Handle[Gradients]:
-        """Begin the communication of its backward: combine for dispatch, dispatch for combine."""
+    def start_backward(self, gradients: Gradients) -> tuple[Gradients, Handle[Gradients]]:
+        """Begin the communication of its backward: combine for dispatch, dispatch for combine.
+
+        Returns:
+            gradients that stay at hand, and those that will come; :func:`joined` puts them together.
+        """
         assert self.communicates, self.name
         plan, self._plan = self._plan, None
         if plan is None:
-            return Done(gradients)
+            return gradients, Done({})
         rest = dict(gradients)
         if self.name == "dispatch":
             handle = self._step.dispatcher.start_combine(rest.pop("rows_AD"), rest.pop("weights_A"), plan)
-            return Then(handle, lambda sent: _join_dispatch(rest, sent))
+            return rest, Then(handle, _token_gradients)
         dispatcher, wire = self._step.dispatcher, self._step.wire
         handle = start_dispatch(dispatcher, rest.pop("combined_TD"), None, plan, wire)
-        return Then(handle, lambda rows: {**rest, "rows_AD": rows.values_AD})
+        return rest, Then(handle, lambda rows: {"rows_AD": rows.values_AD})
 
 
-def _join_dispatch(rest: Gradients, sent: tuple[Tensor, Tensor | None]) -> Gradients:
-    """Add what came back from the experts to what the shared expert left on the same input."""
+def joined(rest: Gradients, came: Gradients) -> Gradients:
+    """Gradients at hand and those that came; where both have one of the same field, their sum in this order."""
+    return {**rest, **{name: rest[name] + value if name in rest else value for name, value in came.items()}}
+
+
+def _token_gradients(sent: tuple[Tensor, Tensor | None]) -> Gradients:
+    """What came back from the experts."""
     du_TD, dweights_TK = sent
     assert dweights_TK is not None
-    if "u_TD" in rest:
-        du_TD = rest["u_TD"] + du_TD
-    return {**rest, "u_TD": du_TD, "weights_TK": dweights_TK}
+    return {"u_TD": du_TD, "weights_TK": dweights_TK}

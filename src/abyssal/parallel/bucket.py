@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from abyssal.parallel import all_to_all
+from abyssal.parallel.all_to_all import Work
 from abyssal.parallel.matrix import Matrix, lay_out
 from abyssal.parallel.waiting import Waiting
 
@@ -50,7 +52,7 @@ class Bucket:
         self._layout = lay_out(self.matrices, self.num_ranks)
         self._stretch = max((row[-1].end for row in self._layout), default=0)
         self._by_kernel = device.type == "cuda"  # NCCL, though the name of a group that has gloo too is of both
-        self._work: distributed.Work | None = None
+        self._work: Work | None = None
         self._arriving: Tensor | None = None
         self._sending: Tensor | None = None
         self._gradients: list[Tensor] | None = None
@@ -84,9 +86,8 @@ class Bucket:
             self._work = _reduce_scatter(self._arriving, sending_ns.view(-1), group=self._group, async_op=True)
         else:
             self._arriving = torch.empty(shape, dtype=self.wide, device=self._device)
-            self._work = distributed.all_to_all_single(
-                self._arriving.view(-1), sending_ns.view(-1), group=self._group, async_op=True
-            )
+            ones = [1] * self.num_ranks
+            self._work = all_to_all.start([(self._arriving, sending_ns)], ones, ones, self._group)
 
     def finish_reduce(self) -> dict[str, Tensor]:
         """This rank's rows of each summed gradient, by the matrix's key."""

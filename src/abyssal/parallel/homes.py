@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed
 
+from abyssal.parallel import all_to_all
 from abyssal.parallel.waiting import Waiting
 from abyssal.spec.placement import Placement
 
@@ -132,7 +133,6 @@ class Homes:
         messages = [torch.cat(message) if message else empty for message in parts]
         arrived = like.new_empty(sum(sizes))
         with self._waiting:
-            distributed.all_to_all_single(
-                arrived, torch.cat(messages), sizes, [len(message) for message in messages], group=self._group
-            )
+            sent = [len(message) for message in messages]
+            all_to_all.start([(arrived, torch.cat(messages))], sizes, sent, self._group).wait()
         return list(arrived.split(sizes))

@@ -28,7 +28,7 @@ def ratios(x: Tensor, form: TileFormat, dtype: torch.dtype = torch.float32) -> t
     relative, absolute = 2.0 ** -(places + 1) * exact.abs(), 2.0 ** (smallest - places - 1) * scales
     bound = torch.maximum(relative, absolute) * (1 + 2.0**-16) + 2.0**-149
     if dtype is torch.bfloat16 and form.scale == "float32":
-        bound += 2.0**-8 * (exact.abs() + bound)
+        bound += 2.0**-8 * (exact.abs() + bound) + 2.0**-134
     finite = exact.isfinite() & scales.isfinite()
     return (error / bound).masked_fill(~finite, 0), (absolute > relative) & finite
 

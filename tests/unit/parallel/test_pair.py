@@ -18,6 +18,8 @@ from abyssal.parallel.pipeline.interleaving import (
     BACKWARD_ROW,
     FORWARD_ROW,
     SERIAL,
+    SHARED,
+    SHARED_BETWEEN,
     V3,
     WEIGHTS,
     Instruction,
@@ -130,6 +132,8 @@ def move_to_front(text: str) -> Callable[[list[Instruction]], None]:
         (changed(lambda found: found.pop(0)), "F has wait dispatch where start dispatch comes next"),
         (changed(lambda found: found.append(found[-1])), "F has run attention_out where start dispatch comes next"),
         (changed(move_to_front("F wait dispatch")), "F has wait dispatch where start dispatch comes next"),
+        (changed(move_to_front("F run shared")), "F needs run shared once, after wait dispatch"),
+        (changed(lambda found: found.pop(place_of(found, "B run shared"))), "B needs run shared once"),
         (changed(move_to_front("B weight experts")), "weight experts stands before its stage"),
         (changed(move_to_front("B run finish ahead")), "B is ahead in the next layer before this one is through"),
         (changed(lambda found: found.pop(place_of(found, "B weight shared"))), "B needs each of 4 once"),
@@ -148,7 +152,11 @@ def test_unrolled_every_layer_makes_every_move_in_order(interleaving: Interleavi
     placed = list(interleaving.unrolled(*counts))
     for side, row, number in ("F", FORWARD_ROW, counts[0]), ("B", BACKWARD_ROW, counts[1]):
         moves = [(one.place, one.move) for one in placed if one.side == side and one.move.verb != "weight"]
-        assert moves == [(place, move) for place in range(number) for move in row]
+        in_row = [(place, move) for place in range(number) for move in row if move != SHARED]
+        assert [one for one in moves if one[1] != SHARED] == in_row and len(moves) == number * len(row)
+        after, before = SHARED_BETWEEN[side]  # type: ignore[index]
+        for place in range(number):
+            assert moves.index((place, after)) < moves.index((place, SHARED)) < moves.index((place, before))
     weights = [(one.place, one.move) for one in placed if one.move.verb == "weight"]
     assert sorted(map(str, weights)) == sorted(str((place, move)) for place in range(counts[1]) for move in WEIGHTS)
     for place, move in weights:

@@ -22,7 +22,7 @@ from torch import Tensor
 from abyssal.kernels.row_sums import row_sums
 from abyssal.model.dispatch import Handle, SlotMap
 from abyssal.parallel.dispatch.checks import check_fingerprints, check_placements, check_rows, fingerprint
-from abyssal.parallel.dispatch.exchange import Peers, wait_for
+from abyssal.parallel.dispatch.exchange import Peers, finished, wait_for
 from abyssal.parallel.dispatch.lane import Lane
 from abyssal.parallel.dispatch.links import LinkBytes, Traffic
 from abyssal.parallel.dispatch.order import inverse, runs, sorting, take
@@ -146,13 +146,10 @@ class AllToAllDispatcher:
     def _travel(
         self, rows_AD: Tensor, weights_A: Tensor | None, sent: list[int], received: list[int], counted: LinkBytes
     ) -> Sent:
-        rows, rows_work = self._peers.exchange(rows_AD, sent, received, counted)
-        weights, weights_work = weights_A, None
-        if weights_A is not None:
-            weights, weights_work = self._peers.exchange(weights_A, sent, received, counted)
-        wait_for(rows_work)
-        wait_for(weights_work)
-        return rows, weights
+        if weights_A is None:
+            return finished(*self._peers.exchange(rows_AD, sent, received, counted)), None
+        rows, weights, work = self._peers.exchange_both(rows_AD, weights_A, sent, received, counted)
+        return finished((rows, weights), work)
 
 
 def _places_by_slot(counts_RE: Tensor) -> Tensor:

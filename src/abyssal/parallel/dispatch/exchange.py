@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, distributed
 
+from abyssal.parallel import all_to_all
+from abyssal.parallel.all_to_all import Work
 from abyssal.parallel.dispatch.links import LinkBytes
 from abyssal.spec.mesh import MeshSpec
 
 Result = TypeVar("Result")
-
-
-class Work(Protocol):
-    """A collective under way."""
-
-    def wait(self) -> object: ...
 
 
 class Peers:
@@ -37,15 +33,31 @@ class Peers:
         Returns:
             what will have been received once the work is waited for (None: it is there); in ``out`` where given.
         """
-        size = rows.element_size() * math.prod(rows.shape[1:])
-        counted.add([count * size for count in sent], self.nodes, self.rank)
+        target = self._target(rows, received) if out is None else out
+        return target, self._start([(target, rows)], sent, received, counted)
+
+    def exchange_both(
+        self, rows: Tensor, more: Tensor, sent: Sequence[int], received: Sequence[int], counted: LinkBytes
+    ) -> tuple[Tensor, Tensor, Work | None]:
+        """The same of two tensors with as many rows."""
+        targets = [self._target(each, received) for each in (rows, more)]
+        return *targets, self._start([*zip(targets, (rows, more), strict=True)], sent, received, counted)
+
+    def _target(self, rows: Tensor, received: Sequence[int]) -> Tensor:
+        return rows if self.size == 1 else rows.new_empty(sum(received), *rows.shape[1:])
+
+    def _start(
+        self, pieces: Sequence[tuple[Tensor, Tensor]], sent: Sequence[int], received: Sequence[int], counted: LinkBytes
+    ) -> Work | None:
+        for _, rows in pieces:
+            size = rows.element_size() * math.prod(rows.shape[1:])
+            counted.add([count * size for count in sent], self.nodes, self.rank)
         if self.size == 1:
-            return (rows, None) if out is None else (out.copy_(rows), None)
-        target = rows.new_empty(sum(received), *rows.shape[1:]) if out is None else out
-        work = distributed.all_to_all_single(
-            target, rows.contiguous(), list(received), list(sent), group=self.group, async_op=True
-        )
-        return target, work
+            for target, rows in pieces:
+                if target is not rows:
+                    target.copy_(rows)
+            return None
+        return all_to_all.start([(target, rows.contiguous()) for target, rows in pieces], received, sent, self.group)
 
 
 def finished(result: Result, work: Work | None) -> Result:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from abyssal.model.block import Block
 from abyssal.model.dispatch import Handle
-from abyssal.model.stages import STAGES, Gradients, StageIO, StageName, StageRun
+from abyssal.model.stages import STAGES, Arrivals, Gradients, StageIO, StageName, StageRun, joined
 from abyssal.model.step import Step
 from abyssal.parallel.pipeline.chunk_ends import EmbeddingRun, HeadRun
 from abyssal.parallel.pipeline.interleaving import BACKWARD_ROW, FORWARD_ROW, Move, Side
@@ -40,7 +40,7 @@ class ChunkPass:
         ]
         self._io: StageIO | None = None if x_TD is None else StageIO(x_TD)
         self._gradients: Gradients = {}
-        self._coming: Handle[StageIO] | None = None
+        self._coming: Handle[Arrivals] | None = None
         self._returning: Handle[Gradients] | None = None
 
     def __len__(self) -> int:
@@ -93,14 +93,15 @@ class ChunkPass:
     def _move_forward(self, place: int, move: Move) -> None:
         run = self._runs[place][move.stage]
         if move.verb == "wait":
-            assert self._coming is not None, move
-            self._io, self._coming = self._coming.wait(), None
+            assert self._coming is not None and self._io is not None, move
+            self._io, self._coming = self._io.having(**self._coming.wait()), None
             return
         if move.stage == "attention_in" and place == 0 and self.before is not None:
             self._io = StageIO(self.before.forward())
-        assert self._io is not None and self._coming is None, move
+        assert self._io is not None, move
         if move.verb == "start":
-            self._coming, self._io = run.start_forward(self._io), None
+            assert self._coming is None, move
+            self._io, self._coming = run.start_forward(self._io)
             return
         self._io = run.forward(self._io)
         if move.stage == "finish" and place in self.behind:
@@ -114,11 +115,11 @@ class ChunkPass:
             return
         if move.verb == "wait":
             assert self._returning is not None, move
-            self._gradients, self._returning = self._returning.wait(), None
+            self._gradients, self._returning = joined(self._gradients, self._returning.wait()), None
             return
-        assert self._returning is None, move
         if move.verb == "start":
-            self._returning, self._gradients = run.start_backward(self._gradients), {}
+            assert self._returning is None, move
+            self._gradients, self._returning = run.start_backward(self._gradients)
             return
         if move.stage == "finish" and place in self.behind:
             self._gradients = {"x_TD": self.behind[place].backward_input(self._gradients.get("x_TD"))}

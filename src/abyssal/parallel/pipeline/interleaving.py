@@ -2,8 +2,8 @@
 
 V3 [section 3.2.1, figure 4] hides the communication of one chunk behind the computation of another: while the forward's
 tokens travel to their experts the backward computes, and the other way round.  Here that is a tuple of moves, one layer
-of each side.  The forward's moves are in the order of its row and the backward's in the order of its own; how the two
-are shuffled is the whole art.  A move that is ``ahead`` belongs to the next layer: so the next layer's communication
+of each side.  The forward's moves are in the order of its row and the backward's in the order of its own, but for the
+shared experts, which need neither communication; how the two are shuffled is the whole art.  A move that is ``ahead`` belongs to the next layer: so the next layer's communication
 can begin in a gap of this one.
 
 Chunks of other lengths than each other need nothing more: what has no partner runs alone.  Neither do dense layers:
@@ -38,15 +38,22 @@ def _moves(text: str) -> tuple[Move, ...]:
 
 
 FORWARD_ROW = _moves(
-    "run attention_in, run attention_out, start dispatch, wait dispatch, run shared, run experts, start combine, "
+    "run attention_in, run attention_out, start dispatch, wait dispatch, run experts, start combine, run shared, "
     "wait combine, run finish"
 )
-"""One layer's forward."""
+"""One layer's forward, where it runs alone: its shared experts under the combine."""
 BACKWARD_ROW = _moves(
-    "run finish, start combine, wait combine, run experts, run shared, start dispatch, wait dispatch, "
+    "run finish, start combine, run shared, wait combine, run experts, start dispatch, wait dispatch, "
     "run attention_out, run attention_in"
 )
-"""One layer's backward, without weights."""
+"""One layer's backward, without weights, likewise."""
+SHARED = Move("run", "shared")
+SHARED_BETWEEN: dict[Side, tuple[Move, Move]] = {
+    "F": (Move("wait", "dispatch"), Move("run", "finish")),
+    "B": (Move("run", "finish"), Move("wait", "dispatch")),
+}
+"""Where in its row an interleaving may put it: forward not before the dispatch is through, as with recomputation it
+forgets what is sent; backward not after it, as their gradients are added there."""
 WEIGHTS = _moves("weight experts, weight shared, weight attention_out, weight attention_in")
 """One layer's weights, each somewhere after its stage of the backward."""
 
@@ -125,15 +132,24 @@ class Interleaving:
 
     def _check_row(self, side: Side, row: tuple[Move, ...]) -> None:
         found = self._of(side, weights=False)
-        moves = tuple(one.move for one in found)
-        if moves != row:
+        moves, row = [one.move for one in found if one.move != SHARED], tuple(move for move in row if move != SHARED)
+        if tuple(moves) != row:
             wrong = next((index for index, (a, b) in enumerate(zip(moves, row, strict=False)) if a != b), len(moves))
             there = str(moves[wrong]) if wrong < len(moves) else "nothing"
             wanted = str(row[wrong]) if wrong < len(row) else "nothing more"
             raise ValueError(f"interleaving {self.name}: a layer's {side} has {there} where {wanted} comes next")
+        self._check_shared(side, [one.move for one in found])
         in_text = [one for one in self.instructions if one in found]
         if [one.ahead for one in in_text] != sorted(one.ahead for one in in_text):
             raise ValueError(f"interleaving {self.name}: {side} is ahead in the next layer before this one is through")
+
+    def _check_shared(self, side: Side, moves: list[Move]) -> None:
+        after, before = SHARED_BETWEEN[side]
+        places = [index for index, move in enumerate(moves) if move == SHARED]
+        if len(places) != 1 or not moves.index(after) < places[0] < moves.index(before):
+            raise ValueError(
+                f"interleaving {self.name}: a layer's {side} needs {SHARED} once, after {after} and before {before}"
+            )
 
     def _check_weights(self) -> None:
         weights = self._of("B", weights=True)
@@ -151,14 +167,15 @@ V3 = Interleaving.parse(
     "v3",
     """
     F start dispatch
-    B wait combine | B run experts | B run shared | B start dispatch | B weight experts | B weight shared
+    B run shared | B weight shared | B wait combine | B run experts | B start dispatch | B weight experts
     F wait dispatch | F run shared | F run experts | F start combine
     B wait dispatch | B run attention_out | B run attention_in | B run finish ahead | B start combine ahead
     B weight attention_out | B weight attention_in
     F wait combine | F run finish | F run attention_in ahead | F run attention_out ahead
     """,
 )
-"""After V3's figure 4: each of the four communications passes under computation of the other side."""
+"""After V3's figure 4: each of the four communications passes under computation of the other side.  The backward's
+combine has least to pass under where a pair begins, so that it gets the shared experts' backward too."""
 
 SERIAL = Interleaving.parse(
     "serial",
