@@ -1,6 +1,6 @@
 """How much communication an overlapped pair hides: a step one after the other, overlapped, and without communication.
 
-    python benchmarks/overlap.py [--ratio 0.85] [--gigabits RATE] [--hidden 1024] [--micro-batches 32] [--repeats 3]
+    python benchmarks/overlap.py [--ratio 1.0] [--gigabits RATE] [--hidden 2048] [--micro-batches 48] [--repeats 2]
         [--links namespaces | limiter] [--results FOLDER | --docs] [--smoke] [--draw]
 
 Two ranks hold a model's experts together, each a process of one thread on a core of its own, its communication's
@@ -74,13 +74,13 @@ def _machinery(chosen: argparse.Namespace, data: dict[str, Any]) -> None:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; ``setting`` is what it asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ratio", type=float, default=0.85, help="of communication to computation, 0.8 to 1.2")
+    parser.add_argument("--ratio", type=float, default=1.0, help="of communication to computation, 0.8 to 1.2")
     parser.add_argument("--gigabits", type=float, help="a second of the link; by default found for --ratio")
     parser.add_argument("--hidden", type=int, default=Setting.hidden, help="channels of a token")
     parser.add_argument("--rows", type=int, default=Setting.rows, help=f"of {Setting.length} tokens, a micro-batch")
     parser.add_argument("--layers", type=int, default=Setting.layers)
     parser.add_argument("--micro-batches", type=int, default=Setting.micro_batches, help="of a rank and step")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds")
+    parser.add_argument("--repeats", type=int, default=2, help="rounds")
     parser.add_argument("--links", choices=get_args(LinkKind), help="by default namespaces where they are allowed")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of what is saved")
     parser.add_argument("--docs", action="store_true", help="save in docs/results")

@@ -103,15 +103,14 @@ def measure(
 ) -> tuple[Found, list[dict[str, Any]]]:
     """Of a rate that makes communication ``ratio`` of computation, or of ``gigabits``; and the notes of a step by rank.
 
-    The rate is found with few micro-batches, from bytes and computation first, then from what it gave.
+    The rate is found with few micro-batches, from the bytes that they send and the time that they compute.
     """
     if gigabits is None:
-        short = replace(setting, micro_batches=min(setting.micro_batches, TRIAL))
-        gigabits = _rate(short, ratio, kind)
-        found, _ = _over(short, gigabits, kind, 1)
-        print(f"{gigabits:.4f} Gbit/s: communication is {found.ratio:.2f} of computation, {ratio} is wanted")
-        gigabits *= min(2.0, max(0.5, found.ratio / ratio))
-    return _over(setting, gigabits, kind, repeats)
+        gigabits = _rate(replace(setting, micro_batches=min(setting.micro_batches, TRIAL)), ratio, kind)
+    found, notes = _over(setting, gigabits, kind, repeats)
+    if not LEAST <= found.ratio <= MOST:
+        print(f"communication is {found.ratio:.2f} of computation, not {LEAST} to {MOST}: give another --gigabits")
+    return found, notes
 
 
 def _rate(setting: Setting, ratio: float, kind: LinkKind | None) -> float:

@@ -26,8 +26,9 @@ from torch import distributed
 from abyssal.model.dispatch import Dispatcher
 from abyssal.parallel.dispatch.alltoall import AllToAllDispatcher
 from abyssal.parallel.mesh import Mesh
-from abyssal.parallel.pipeline.executor import Executor, Pair, one_after_the_other
+from abyssal.parallel.pipeline.executor import Executor, Pair
 from abyssal.parallel.pipeline.hidden import MeasuredDispatcher, Stopwatch
+from abyssal.parallel.pipeline.interleaving import SERIAL as EACH_WAITED_FOR
 from abyssal.parallel.pipeline.interleaving import V3
 from abyssal.parallel.pipeline.pair import OverlappedPair
 from abyssal.parallel.pipeline.schedule import schedule
@@ -63,7 +64,7 @@ class Rank:
         self._chunks = [NotedChunk(self._model, range(place * half, (place + 1) * half), place, 2) for place in (0, 1)]
         for chunk in self._chunks:
             chunk.notes = self._notes
-        pairs: dict[str, Pair] = dict.fromkeys((KEEP, SERIAL, NONE), one_after_the_other)
+        pairs: dict[str, Pair] = dict.fromkeys((KEEP, SERIAL, NONE), OverlappedPair(EACH_WAITED_FOR))
         pairs[OVERLAPPED] = OverlappedPair(NotedInterleaving(V3, self._notes))
         self._executors = {
             way: Executor(plan, 0, self._chunks, None, NotedPair(pair, self._notes), self._stopwatch)

@@ -42,17 +42,17 @@ class Setting:
         ValueError: numbers that do not divide as they must.
     """
 
-    hidden: int = 1024
+    hidden: int = 2048
     layers: int = 2
     heads: int = 32
     experts: int = 4
     top_k: int = 2
-    expert_ffn: int = 1152
+    expert_ffn: int = 2304
     rows: int = 1
     """Sequences of a micro-batch."""
-    length: int = 128
+    length: int = 64
     """Tokens of a sequence."""
-    micro_batches: int = 32
+    micro_batches: int = 48
     """Of a rank and step."""
     vocab: int = 512
 

@@ -70,6 +70,9 @@ class SleepingChunk:
     def backward_weight(self, micro_batch: int) -> None:
         time.sleep(self.unit)
 
+    def catch_up(self) -> None:
+        """Nothing is left over."""
+
     def output(self) -> Tensor | None:
         return None if self.stage == self.num_stages - 1 else torch.zeros(1, 1)
 

@@ -47,6 +47,9 @@ class SleepingChunk:
     def backward_weight(self, micro_batch: int) -> None:
         self._do("W", micro_batch)
 
+    def catch_up(self) -> None:
+        """Nothing is left over."""
+
     def _do(self, kind: str, micro_batch: int) -> None:
         began = time.perf_counter()
         if self.unit:

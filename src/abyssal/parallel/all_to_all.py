@@ -2,8 +2,8 @@
 
 Over gloo these are point-to-point messages, every receive posted before the first send.  Its own all-to-all sends
 first.  A rank that comes later than its peer then finds the peer ready and begins to send at once; the word that it is
-ready too queues behind its data on the same connection, and the peer, which may not send before it has that word, begins
-when all of it is through: each direction waits for the other, and an exchange takes twice its time.
+ready too queues behind its data on the same connection, and the peer, which may not send before it has that word,
+begins when all of it is through: each direction waits for the other, and an exchange takes twice its time.
 
 NCCL's all-to-all is used as it is: there one kernel does both.
 """

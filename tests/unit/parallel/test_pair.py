@@ -52,6 +52,7 @@ def through(
     made = pair(
         chunks[ahead], 0, None if ahead.start == 0 else x_TD, behind, 1, None if behind.is_last else gradient_TD
     )
+    behind.catch_up()
     gradients = take_gradients(model)
     records = [*chunks[ahead].losses.values(), *behind.losses.values(), chunks[ahead].steps[0].balance_losses]
     return list(made), gradients, records
@@ -109,6 +110,37 @@ def test_so_it_has_with(name: str) -> None:
         assert_same(through(model, ahead, back, OverlappedPair()), wanted)
 
 
+def test_what_a_pair_leaves_over_is_done_in_the_next_or_by_its_chunk() -> None:
+    model = build_model(SPEC, CONFIG)
+    parts, pair = micro_batches(model, batch(2), 3), OverlappedPair()
+    chunks = [ModelChunk(model, range(0, 4), 0, 2), ModelChunk(model, range(4, 8), 1, 2)]
+
+    def three(catch_up_between: bool) -> dict[str, Tensor]:
+        for chunk in chunks:
+            chunk.begin(parts)
+        inputs = [chunks[0].forward(number, None) for number in range(3)]
+        chunks[1].forward(0, inputs[0])
+        gradients = []
+        for number in (1, 2):
+            gradients.append(pair(chunks[1], number, inputs[number], chunks[1], number - 1, None)[1])
+            name = "layers.4.attention.out.weight"
+            if catch_up_between:
+                chunks[1].catch_up()
+            elif number == 1:
+                assert model.get_parameter(name).grad is None, "the last of its weights are left over"
+        assert model.get_parameter(name).grad is not None
+        gradients.append(chunks[1].backward_input(2, None))
+        chunks[1].backward_weight(2)
+        for number, gradient_TD in enumerate(gradients):
+            chunks[0].backward_input(number, gradient_TD)
+            chunks[0].backward_weight(number)
+        return take_gradients(model)
+
+    wanted, found = three(True), three(False)
+    assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
+    assert found.keys() == wanted.keys()
+
+
 def changed(change: Callable[[list[Instruction]], Any]) -> Callable[[], Interleaving]:
     def make() -> Interleaving:
         instructions = list(V3.instructions)
@@ -126,6 +158,14 @@ def move_to_front(text: str) -> Callable[[list[Instruction]], None]:
     return lambda found: found.insert(0, found.pop(place_of(found, text)))
 
 
+def shift_behind(text: str) -> Callable[[list[Instruction]], None]:
+    def change(found: list[Instruction]) -> None:
+        place = place_of(found, text)
+        found[place] = dataclasses.replace(found[place], shift=-1)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -135,6 +175,7 @@ def move_to_front(text: str) -> Callable[[list[Instruction]], None]:
         (changed(move_to_front("F run shared")), "F needs run shared once, after wait dispatch"),
         (changed(lambda found: found.pop(place_of(found, "B run shared"))), "B needs run shared once"),
         (changed(move_to_front("B weight experts")), "weight experts stands before its stage"),
+        (changed(shift_behind("F run finish")), "only weights can be behind"),
         (changed(move_to_front("B run finish ahead")), "B is ahead in the next layer before this one is through"),
         (changed(lambda found: found.pop(place_of(found, "B weight shared"))), "B needs each of 4 once"),
         (lambda: Interleaving.parse("mine", "F start experts"), "'F start experts' is no move"),
@@ -157,6 +198,11 @@ def test_unrolled_every_layer_makes_every_move_in_order(interleaving: Interleavi
         after, before = SHARED_BETWEEN[side]  # type: ignore[index]
         for place in range(number):
             assert moves.index((place, after)) < moves.index((place, SHARED)) < moves.index((place, before))
+    left_over = interleaving.left_over(*counts)
+    before = [one for one in placed if one.place < 0]
+    assert [one.move for one in before] == [Move("weight", "attention_out")] * (interleaving is V3)
+    assert len(left_over) == (interleaving is V3 and counts[1] >= counts[0])
+    placed = [one for one in placed if one.place >= 0] + left_over
     weights = [(one.place, one.move) for one in placed if one.move.verb == "weight"]
     assert sorted(map(str, weights)) == sorted(str((place, move)) for place in range(counts[1]) for move in WEIGHTS)
     for place, move in weights:

@@ -25,6 +25,7 @@ from abyssal.model.step import Step
 from abyssal.model.transformer import Transformer
 from abyssal.parallel.pipeline.chunk_ends import EmbeddingRun, HeadRun, Targets
 from abyssal.parallel.pipeline.chunk_pass import ChunkPass
+from abyssal.parallel.pipeline.interleaving import Placed
 
 
 class Chunk(Protocol):
@@ -44,6 +45,10 @@ class Chunk(Protocol):
 
     def backward_weight(self, micro_batch: int) -> None:
         """The gradients of its weights that ``backward_input`` put off."""
+        ...
+
+    def catch_up(self) -> None:
+        """What a pair has left over, if anything; the step ends."""
         ...
 
 
@@ -86,6 +91,7 @@ class ModelChunk:
         self._layers = layers
         self._micro_batches: Sequence[MicroBatch] = ()
         self._passes: dict[int, ChunkPass] = {}
+        self._left_over: list[tuple[ChunkPass, Placed]] = []
 
     @property
     def is_first(self) -> bool:
@@ -99,6 +105,7 @@ class ModelChunk:
         """Take the micro-batches of the next step, numbered as in the schedule."""
         self._micro_batches = micro_batches
         self._passes.clear()
+        self._left_over.clear()
         self.steps, self.losses = {}, {}
 
     def forward(self, micro_batch: int, x_TD: Tensor | None) -> Tensor | None:
@@ -112,11 +119,18 @@ class ModelChunk:
         return self.input_gradient(micro_batch)
 
     def backward_weight(self, micro_batch: int) -> None:
+        self.catch_up()  # sums of gradients keep their order
         self._passes.pop(micro_batch).backward_weight()
 
-    def end_pass(self, micro_batch: int) -> None:
-        """Forget a pass whose weights' part has been run stage by stage."""
-        del self._passes[micro_batch]
+    def put_off(self, micro_batch: int, moves: Sequence[Placed]) -> None:
+        """Forget a pass whose weights' part has been run stage by stage, but for ``moves``, which are due."""
+        one = self._passes.pop(micro_batch)
+        self._left_over += [(one, move) for move in moves]
+
+    def catch_up(self) -> None:
+        left_over, self._left_over = self._left_over, []
+        for one, placed in left_over:
+            one.move(placed.side, placed.place, placed.move)
 
     def start_pass(self, micro_batch: int, x_TD: Tensor | None) -> ChunkPass:
         """The pass of a micro-batch, before its forward: for what runs it stage by stage."""

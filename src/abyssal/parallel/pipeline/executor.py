@@ -1,6 +1,6 @@
 """Runs this rank's actions of any pipeline schedule: takes what one needs, lets its chunk do it, sends the result.
 
-The executor knows nothing of models: a chunk is whatever has the three methods of
+The executor knows nothing of models: a chunk is whatever has the methods of
 :class:`~abyssal.parallel.pipeline.chunk.Chunk`, one that only sleeps too, and a pair of works that overlap is run by
 what it is given for that.  It waits for nothing but what an action needs; whatever it makes is sent while it goes on.
 
@@ -113,6 +113,8 @@ class Executor:
                 raise
             for work, result in zip(action.works, made, strict=True):
                 self._give(work, result, boundary)
+        for chunk in self._chunks:
+            chunk.catch_up()
         self._messages.finish()
         return self._stopwatch.times()
 

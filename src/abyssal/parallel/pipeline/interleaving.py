@@ -3,8 +3,11 @@
 V3 [section 3.2.1, figure 4] hides the communication of one chunk behind the computation of another: while the forward's
 tokens travel to their experts the backward computes, and the other way round.  Here that is a tuple of moves, one layer
 of each side.  The forward's moves are in the order of its row and the backward's in the order of its own, but for the
-shared experts, which need neither communication; how the two are shuffled is the whole art.  A move that is ``ahead`` belongs to the next layer: so the next layer's communication
-can begin in a gap of this one.
+shared experts, which need neither communication; how the two are shuffled is the whole art.
+
+A move that is ``ahead`` belongs to the next layer: so the next layer's communication can begin in a gap of this one.
+Weights that are ``behind`` are those of the layer before, and where a pair begins, those that the pair before has left
+over: what is computed last has nothing to hide, what is communicated first needs something to pass under.
 
 Chunks of other lengths than each other need nothing more: what has no partner runs alone.  Neither do dense layers:
 their moves of communication do nothing.  All ranks of an expert group must use one interleaving, because their
@@ -58,22 +61,25 @@ WEIGHTS = _moves("weight experts, weight shared, weight attention_out, weight at
 """One layer's weights, each somewhere after its stage of the backward."""
 
 
+_SHIFTED: dict[int, str] = {-1: " behind", 0: "", 1: " ahead"}
+
+
 @dataclass(frozen=True, slots=True)
 class Instruction:
     """A move of one side."""
 
     side: Side
     move: Move
-    ahead: bool = False
-    """It is the next layer's."""
+    shift: Literal[-1, 0, 1] = 0
+    """It is the next layer's (1, ahead) or the last one's (-1, behind; of weights)."""
 
     def __str__(self) -> str:
-        return f"{self.side} {self.move}{' ahead' if self.ahead else ''}"
+        return f"{self.side} {self.move}{_SHIFTED[self.shift]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A move of one side in a layer, counted from 0 in that side's direction."""
+    """A move of one side in a layer, counted from 0 in that side's direction; -1 is the last of the pair before."""
 
     side: Side
     place: int
@@ -99,7 +105,7 @@ class Interleaving:
 
     @classmethod
     def parse(cls, name: str, text: str) -> Interleaving:
-        """From lines of ``F start dispatch | B run experts | B run finish ahead``.
+        """From lines of ``F start dispatch | B run experts | B run finish ahead | B weight experts behind``.
 
         Raises:
             ValueError: what is not of that form, or is no interleaving.
@@ -110,28 +116,36 @@ class Interleaving:
             if not words:
                 continue
             known = {str(move) for move in (*FORWARD_ROW, *BACKWARD_ROW, *WEIGHTS)}
-            ahead = words[3:] == ["ahead"]
-            if words[0] not in ("F", "B") or " ".join(words[1:3]) not in known or (words[3:] and not ahead):
+            shifts = [shift for shift, text in _SHIFTED.items() if text.split() == words[3:]]
+            if words[0] not in ("F", "B") or " ".join(words[1:3]) not in known or not shifts:
                 raise ValueError(f"interleaving {name}: {part.strip()!r} is no move; write it like 'F start dispatch'")
-            found.append(Instruction(words[0], Move(words[1], words[2]), ahead))  # type: ignore[arg-type]
+            found.append(Instruction(words[0], Move(words[1], words[2]), shifts[0]))  # type: ignore[arg-type]
         return cls(name, tuple(found))
 
     def unrolled(self, num_forward: int, num_backward: int) -> Iterator[Placed]:
-        """Every move of chunks of so many layers."""
+        """Every move of chunks of so many layers but the :meth:`left_over`; at place -1 what the pair before left."""
         layers = {"F": num_forward, "B": num_backward}
         for turn in range(-1, max(num_forward, num_backward)):  # before the first, what is ahead in it
             for one in self.instructions:
-                place = turn + one.ahead
-                if 0 <= place < layers[one.side]:
+                place = turn + one.shift
+                if min(one.shift, 0) <= place < layers[one.side]:
                     yield Placed(one.side, place, one.move)
+
+    def left_over(self, num_forward: int, num_backward: int) -> list[Placed]:
+        """Weights of the backward that have no turn after them: for the next pair, or for when none follows."""
+        if num_backward < max(num_forward, 1):
+            return []
+        return [Placed("B", num_backward - 1, one.move) for one in self.instructions if one.shift < 0]
 
     def _of(self, side: Side, weights: bool) -> list[Instruction]:
         """Of one side, in the order in which one layer goes through them."""
         own = [one for one in self.instructions if one.side == side and (one.move.verb == "weight") == weights]
-        return [one for one in own if one.ahead] + [one for one in own if not one.ahead]
+        return sorted(own, key=lambda one: -one.shift)
 
     def _check_row(self, side: Side, row: tuple[Move, ...]) -> None:
         found = self._of(side, weights=False)
+        if any(one.shift < 0 for one in found):
+            raise ValueError(f"interleaving {self.name}: only weights can be behind")
         moves, row = [one.move for one in found if one.move != SHARED], tuple(move for move in row if move != SHARED)
         if tuple(moves) != row:
             wrong = next((index for index, (a, b) in enumerate(zip(moves, row, strict=False)) if a != b), len(moves))
@@ -140,7 +154,7 @@ class Interleaving:
             raise ValueError(f"interleaving {self.name}: a layer's {side} has {there} where {wanted} comes next")
         self._check_shared(side, [one.move for one in found])
         in_text = [one for one in self.instructions if one in found]
-        if [one.ahead for one in in_text] != sorted(one.ahead for one in in_text):
+        if [one.shift for one in in_text] != sorted(one.shift for one in in_text):
             raise ValueError(f"interleaving {self.name}: {side} is ahead in the next layer before this one is through")
 
     def _check_shared(self, side: Side, moves: list[Move]) -> None:
@@ -156,7 +170,7 @@ class Interleaving:
         if self._of("F", weights=True) or {one.move for one in weights} != {*WEIGHTS} or len(weights) != len(WEIGHTS):
             listed = ", ".join(str(one.move) for one in weights)
             raise ValueError(f"interleaving {self.name}: has weights {listed}; B needs each of {len(WEIGHTS)} once")
-        places = {(one.side, one.move): index + len(self.instructions) * (not one.ahead)
+        places = {(one.side, one.move): index - len(self.instructions) * one.shift
                   for index, one in enumerate(self.instructions)}  # fmt: skip
         for one in weights:
             if places["B", one.move] < places["B", Move("run", one.move.stage)]:
@@ -167,15 +181,17 @@ V3 = Interleaving.parse(
     "v3",
     """
     F start dispatch
-    B run shared | B weight shared | B wait combine | B run experts | B start dispatch | B weight experts
+    B weight attention_out behind | B run shared | B wait combine | B run experts | B start dispatch
+    B weight shared | B weight experts
     F wait dispatch | F run shared | F run experts | F start combine
     B wait dispatch | B run attention_out | B run attention_in | B run finish ahead | B start combine ahead
-    B weight attention_out | B weight attention_in
+    B weight attention_in
     F wait combine | F run finish | F run attention_in ahead | F run attention_out ahead
     """,
 )
 """After V3's figure 4: each of the four communications passes under computation of the other side.  The backward's
-combine has least to pass under where a pair begins, so that it gets the shared experts' backward too."""
+combine has least to pass under where a pair begins; so the shared experts' backward and weights of the pair before are
+put there."""
 
 SERIAL = Interleaving.parse(
     "serial",

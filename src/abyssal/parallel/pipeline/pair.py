@@ -5,6 +5,9 @@ carried out, move by move, on two passes.  Between a start and its wait the disp
 (a thread over gloo, a stream on a GPU), while the moves of the other side compute.  Nothing else changes: the two share
 no activations and no gradient, so that each number has the bits that it has when one runs after the other.
 
+Weights that the interleaving leaves over run in the next pair, under its first communication; their chunk keeps them
+until then, and runs them itself where something else of its weights comes first.
+
 Legend: T tokens, D model.
 """
 
@@ -34,8 +37,13 @@ class OverlappedPair:
         """Output of the chunk ``ahead`` for micro-batch ``forward``, input gradient of ``back`` for ``backward``."""
         assert isinstance(ahead, ModelChunk) and isinstance(back, ModelChunk)
         passes = {"F": ahead.start_pass(forward, x_TD), "B": back.turn_pass(backward, gradient_TD)}
-        for one in self.interleaving.unrolled(len(passes["F"]), len(passes["B"])):
-            passes[one.side].move(one.side, one.place, one.move)
+        counts = len(passes["F"]), len(passes["B"])
+        for one in self.interleaving.unrolled(*counts):
+            if one.place < 0:
+                ahead.catch_up()
+                back.catch_up()
+            else:
+                passes[one.side].move(one.side, one.place, one.move)
         dx_TD = back.input_gradient(backward)
-        back.end_pass(backward)
+        back.put_off(backward, self.interleaving.left_over(*counts))
         return ahead.output(forward), dx_TD
