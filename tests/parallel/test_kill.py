@@ -43,9 +43,21 @@ def alone(rank_starter: RankStarter, prepared: Path, tmp_path_factory: pytest.Te
     return out
 
 
-def _under_torchrun(prepared: Path, out: Path, name: str, rank: int, step: int) -> None:
-    """Lose a rank; torchrun starts both again, and they go on by themselves."""
-    launcher = torchrun(train_options(prepared, out, TIMEOUT), max_restarts=1)
+PIPELINE = "pp=2,dp=1"
+
+
+@pytest.fixture(scope="module")
+def pipeline_alone(rank_starter: RankStarter, prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That of a pipeline."""
+    out = tmp_path_factory.mktemp("pipeline-alone") / "run"
+    ends = rank_starter.start(2, "abyssal", *train_options(prepared, out, 30.0, PIPELINE)).wait()
+    assert [end.code for end in ends.values()] == [0, 0], ends
+    return out
+
+
+def _under_torchrun(prepared: Path, out: Path, name: str, rank: int, step: int, mesh: str = "dp=2,ep=2") -> str:
+    """Lose a rank; torchrun starts both again, and they go on by themselves.  What was said."""
+    launcher = torchrun(train_options(prepared, out, TIMEOUT, mesh), max_restarts=1)
     wait_for_step(out, step)
     saved = any(out.glob("checkpoints/step-*/state.json"))
     os.kill(rank_pid(launcher.pid, rank), SIGNALS[name])
@@ -56,6 +68,7 @@ def _under_torchrun(prepared: Path, out: Path, name: str, rank: int, step: int) 
     assert len(told) == 1 and f"rank {rank} of 2 " in told[0] and f"rank {1 - rank} ends with it" in told[0], errors
     assert "Traceback" not in errors and time.monotonic() - begin < 60
     assert [event["event"] for event in events(out)].count("resume") == 1 or not saved
+    return errors
 
 
 @pytest.mark.slow
@@ -63,6 +76,18 @@ def test_a_rank_killed_under_torchrun(prepared: Path, alone: Path, tmp_path: Pat
     rank, step = random.randrange(2), random.randrange(3, STEPS // 2)
     _under_torchrun(prepared, tmp_path / "run", "SIGKILL", rank, step)
     assert_same_end(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_rank_of_a_pipeline_lost_in_mid_schedule(
+    name: str, rank: int, prepared: Path, pipeline_alone: Path, tmp_path: Path
+) -> None:
+    errors = _under_torchrun(prepared, tmp_path / "run", name, rank, random.randrange(3, STEPS // 2), PIPELINE)
+    if name == "SIGKILL":  # one that is stopped keeps its connections
+        assert f"rank {1 - rank} was waiting: " in errors
+    assert_same_end(tmp_path / "run", pipeline_alone)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.parallel.test_one_loss import check, named
+from tests.parallel.test_one_loss import BOUNDS, check, check_one_step, named
 from tests.support.covering import Row, all_rows, pairwise_rows
 from tests.support.many_ranks import Case
 from tests.support.worker_pool import WorkerPool
@@ -55,6 +55,12 @@ def test_losses_and_gradients_are_those_of_one_rank(row: Row, workers: WorkerPoo
 @pytest.mark.parametrize("name", FEATURES)
 def test_so_they_are_with(name: str, workers: WorkerPool) -> None:
     check(FEATURES[name], workers, name if FEATURES[name].config else "", FEW)
+
+
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_one_step_in_lower_precision(precision: str, workers: WorkerPool) -> None:
+    """Within the bounds of ranks without a pipeline."""
+    check_one_step(Case("pp=2,dp=2,ep=2", redundant=2, schedule="zb1p", micro_batch_size=4), precision, workers)
 
 
 @pytest.mark.slow

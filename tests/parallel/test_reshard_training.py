@@ -26,12 +26,13 @@ from abyssal.train.config import OptimizerConfig, ParallelConfig
 from abyssal.train.loop import build_model
 from abyssal.train.ranks import expert_share
 from abyssal.train.run import restore
+from abyssal.train.stages import plan_pipeline
 from abyssal.train.step import Trainer
 from tests.support.many_ranks import LORA, SPEC, Case, batch, config_of
 from tests.support.worker_pool import WorkerPool
 
 ALONE = "alone"
-MESHES = (ALONE, "dp=1", "dp=2", "dp=2,ep=2", "dp=4,ep=2", "dp=4,ep=4", "dp=4")
+MESHES = (ALONE, "dp=1", "dp=2", "dp=2,ep=2", "dp=4,ep=2", "dp=4,ep=4", "dp=4", "pp=2,dp=1", "pp=2,dp=2,ep=2")
 CONFIGS: dict[str, dict[str, Any]] = {
     "FP32, an average": {"compute": "float32", "ema_decay": 0.9},
     "BF16, moments in BF16, an average": {
@@ -49,17 +50,21 @@ OFTEN: tuple[str, ...] = ()
 @contextlib.contextmanager
 def opened(mesh_text: str, redundant: int, name: str) -> Iterator[Trainer]:
     """A trainer of the config ``name`` on a mesh, or alone."""
-    case = Case(mesh="dp=1" if mesh_text == ALONE else mesh_text, redundant=redundant, config=CONFIGS[name])
-    config, mesh, share = config_of(case), None, None
+    where = "dp=1" if mesh_text == ALONE else mesh_text
+    micro = 2 if "pp=" in mesh_text else None
+    case = Case(where, redundant=redundant, config=CONFIGS[name], schedule="zb1p", micro_batch_size=micro)
+    config, mesh, share, pipeline = config_of(case), None, None, None
     if mesh_text == ALONE:
         config = dataclasses.replace(config, parallel=ParallelConfig())
     else:
         mesh = Mesh(config.parallel.mesh_spec(distributed.get_world_size()))
-        share = expert_share(SPEC, config.parallel, mesh.spec, mesh.rank)
+        pipeline = plan_pipeline(SPEC, config, mesh.spec)
+        part = None if pipeline is None else pipeline.part(mesh.place.stage)
+        share = expert_share(SPEC, config.parallel, mesh.spec, mesh.rank, part)
     model = build_model(SPEC, config, share)
     if name == "adapters":
         add_lora(model, LORA, torch.Generator().manual_seed(3))
-    trainer = Trainer(model, config, mesh)
+    trainer = Trainer(model, config, mesh, pipeline=pipeline)
     try:
         yield trainer
     finally:
@@ -116,6 +121,14 @@ def travel(workers: WorkerPool, folder: Path, name: str, meshes: list[tuple[str,
 )
 def test_there_and_back(name: str, workers: WorkerPool, tmp_path: Path) -> None:
     travel(workers, tmp_path, name, [("dp=4,ep=2", 4), ("dp=2,ep=2", 0), (ALONE, 0), ("dp=4,ep=4", 4)])
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "FP32, an average" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS]
+)
+def test_into_a_pipeline_and_out_of_it(name: str, workers: WorkerPool, tmp_path: Path) -> None:
+    travel(workers, tmp_path, name, [("dp=2,ep=2", 4), ("pp=2,dp=2,ep=2", 4), (ALONE, 0), ("pp=2,dp=1", 0)])
+    travel(workers, tmp_path / "back", name, [("pp=2,dp=1", 0), ("dp=2,ep=2", 4)])
 
 
 @pytest.mark.slow

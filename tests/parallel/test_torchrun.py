@@ -63,13 +63,17 @@ def _record(out: Path) -> dict[str, Any]:
     return json.loads((out / "run.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("mesh", ["dp=2,ep=2", None])
+PIPELINE = "--schedule 1f1b --micro-batch-size 2".split()
+
+
+@pytest.mark.parametrize("mesh", ["dp=2,ep=2", "pp=2,dp=1", None])
 def test_a_run_on_ranks_is_the_run_on_one(
     mesh: str | None, rank_starter: RankStarter, prepared: Path, alone: Path, tmp_path: Path
 ) -> None:
     """With and without experts spread out; without checkpoints there is a model all the same, and nothing else."""
     out = tmp_path / "run"
     options = ["--save-every", "0", *(() if mesh is None else ("--mesh", mesh))]
+    options += PIPELINE if mesh == "pp=2,dp=1" else []
     _assert_well(rank_starter.start(2, "abyssal", *_train(prepared, out, *options)).wait(), out / "model")
     _assert_alike(out, alone)
     assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "model", "run.json", "tokenizer"]

@@ -17,10 +17,11 @@ from abyssal.parallel.bucket import Bucket
 from abyssal.parallel.mesh import Mesh
 from abyssal.parallel.zero import ShardedMasters
 from abyssal.train.config import OptimizerConfig, ParallelConfig, TrainConfig
-from abyssal.train.evaluate import evaluate
+from abyssal.train.evaluate import evaluate, hidden_states
 from abyssal.train.fault import TrainingFault
 from abyssal.train.loop import build_model
 from abyssal.train.ranks import expert_share
+from abyssal.train.stages import plan_pipeline
 from abyssal.train.step import Trainer
 from tests.support.many_ranks import CONFIG, SPEC, batch, worst_difference
 from tests.support.worker_pool import WorkerFailure, WorkerPool
@@ -29,7 +30,8 @@ TOKEN_BYTES = np.arange(SPEC.vocab_size) % 5 + 1
 
 
 def config_of(mesh: str | None, **fields: Any) -> TrainConfig:
-    parallel = {name: fields.pop(name) for name in ("redundant_experts", "rebalance_every") if name in fields}
+    names = "redundant_experts", "rebalance_every", "schedule"
+    parallel = {name: fields.pop(name) for name in names if name in fields}
     return dataclasses.replace(CONFIG, parallel=ParallelConfig(mesh=mesh, **parallel), **fields)
 
 
@@ -38,8 +40,10 @@ class OnRank:
 
     def __init__(self, config: TrainConfig) -> None:
         self.mesh = Mesh(config.parallel.mesh_spec(distributed.get_world_size()))
-        share = expert_share(SPEC, config.parallel, self.mesh.spec, self.mesh.rank)
-        self.trainer = Trainer(build_model(SPEC, config, share), config, self.mesh)
+        pipeline = plan_pipeline(SPEC, config, self.mesh.spec)
+        part = None if pipeline is None else pipeline.part(self.mesh.place.stage)
+        share = expert_share(SPEC, config.parallel, self.mesh.spec, self.mesh.rank, part)
+        self.trainer = Trainer(build_model(SPEC, config, share), config, self.mesh, pipeline=pipeline)
 
     def __enter__(self) -> Trainer:
         return self.trainer
@@ -155,14 +159,17 @@ def _held_out(rows: list[int]) -> list[Batch]:
 
 
 def _evaluated(rows: list[int], mesh: str) -> Any:
-    with OnRank(config_of(mesh)) as trainer:
-        return evaluate(trainer.model, _held_out(rows), TOKEN_BYTES, trainer.dispatcher, trainer.ranks)
+    fields: dict[str, Any] = {"schedule": "1f1b", "micro_batch_size": 4} if "pp=" in mesh else {}
+    with OnRank(config_of(mesh, **fields)) as trainer:
+        forward = hidden_states if trainer.pipeline is None else trainer.pipeline.hidden
+        return evaluate(trainer.model, _held_out(rows), TOKEN_BYTES, trainer.dispatcher, trainer.ranks, forward)
 
 
+@pytest.mark.parametrize("mesh", ["dp=4,ep=4", "pp=2,dp=2,ep=2"])
 @pytest.mark.parametrize("rows", [[16, 16], [8, 5], [1], [3, 2, 7]])
-def test_held_out_rows_count_once_however_they_divide(rows: list[int], workers: WorkerPool) -> None:
+def test_held_out_rows_count_once_however_they_divide(rows: list[int], mesh: str, workers: WorkerPool) -> None:
     wanted = evaluate(build_model(SPEC, config_of(None)), _held_out(rows), TOKEN_BYTES)
-    for found in workers(4)(_evaluated, rows, "dp=4,ep=4"):
+    for found in workers(4)(_evaluated, rows, mesh):
         assert {layer: load_E.tolist() for layer, load_E in found.loads.items()} == {
             layer: load_E.tolist() for layer, load_E in wanted.loads.items()
         }
@@ -186,6 +193,30 @@ def _with_a_broken_gradient(rank: int) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_fault_of_one_rank_is_every_ranks(rank: int, workers: WorkerPool) -> None:
     workers(2)(_with_a_broken_gradient, rank)
+
+
+def _with_a_broken_gradient_in_a_stage(rank: int) -> None:
+    with OnRank(config_of("pp=2,dp=1", schedule="zb1p", micro_batch_size=4)) as trainer:
+        name = f"layers.{rank}.attention.out.weight"
+        assert trainer.pipeline is not None and trainer.mesh is not None
+        run = trainer.pipeline.run
+
+        def broken(given: Any) -> Any:
+            sums = run(given)
+            if trainer.mesh is not None and trainer.mesh.rank == rank:
+                trainer.model.get_parameter(name).grad[0, 0] = float("nan")  # type: ignore[index]
+            return sums
+
+        trainer.pipeline.run = broken  # type: ignore[method-assign]
+        before = {name: tensor.detach().clone() for name, tensor in trainer.masters.tensors.items()}
+        with pytest.raises(TrainingFault, match=f"on rank {rank} the gradient of {name}"):
+            trainer.step(own_rows(trainer, 0))
+        assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.masters.tensors.items())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_fault_of_one_stage_is_every_stages(rank: int, workers: WorkerPool) -> None:
+    workers(2)(_with_a_broken_gradient_in_a_stage, rank)
 
 
 def _of_the_wrong_size() -> None:

@@ -38,9 +38,11 @@ def prepare(folder: Path) -> Path:
     return folder
 
 
-def train_options(prepared: Path, out: Path, timeout: float) -> list[str]:
-    """Of ``abyssal``: experts over both ranks, a checkpoint every other step, an average."""
-    shape = "--seq-len 24 --batch-size 4 --ema-decay 0.9 --mesh dp=2,ep=2 --bias-speed 0.01"
+def train_options(prepared: Path, out: Path, timeout: float, mesh: str = "dp=2,ep=2") -> list[str]:
+    """Of ``abyssal``: experts, or layers, over both ranks, a checkpoint every other step, an average."""
+    shape = f"--seq-len 24 --batch-size 4 --ema-decay 0.9 --bias-speed 0.01 --mesh {mesh}"
+    if "pp=" in mesh:
+        shape += " --schedule zb1p --micro-batch-size 1"
     plan = f"--steps {STEPS} --save-every 2 --validate-every 15 --validation-batches 1 --rank-timeout {timeout}"
     paths = "--init", str(prepared / "model"), "--data", str(prepared / "data"), "--out", str(out)
     return ["train", *paths, *shape.split(), *plan.split()]

@@ -207,10 +207,12 @@ def watch_passes(trainer: Trainer, case: Case) -> list[Step]:
     make = trainer.model.step
     share = CONFIG.batch_size * CONFIG.seq_len // trainer.ranks.num_ranks
     begin = 0 if trainer.mesh is None else share * trainer.mesh.place.data
+    size = share if case.micro_batch_size is None else case.micro_batch_size * CONFIG.seq_len
 
     def step(*args: Any, **fields: Any) -> Step:
         if case.forced is not None:
-            fields["forced_routing"] = {layer: ids[begin : begin + share] for layer, ids in case.forced.items()}
+            first = begin + len(passes) * size % share  # micro-batches go forward in their order
+            fields["forced_routing"] = {layer: ids[first : first + size] for layer, ids in case.forced.items()}
         made = make(*args, **fields)
         passes.append(made)
         return made

@@ -50,7 +50,7 @@ def start(pieces: Sequence[tuple[Tensor, Tensor]], received: Sequence[int], sent
         ])  # fmt: skip
     arriving = [_by_peer(target, received) for target, _ in pieces]
     leaving = [_by_peer(rows, sent) for _, rows in pieces]
-    own = distributed.get_rank(group)
+    own = group.rank()
     works = [group.recv([part], peer, 0) for parts in arriving for peer, part in parts.items() if peer != own]
     works += [group.send([part], peer, 0) for parts in leaving for peer, part in parts.items() if peer != own]
     for to, what in zip(arriving, leaving, strict=True):

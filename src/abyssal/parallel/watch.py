@@ -91,6 +91,7 @@ class Watch:
         self._gone: set[int] = set()
         self._slow: list[SlowRank] = []
         self._failure: Failure | None = None
+        self._waited_for = ""
         self._lock, self._ended = threading.Lock(), False
         self._wake, self._stop = threading.Event(), threading.Event()
         self._leaving, self._over = threading.Event(), threading.Event()
@@ -179,6 +180,7 @@ class Watch:
         """End all ranks, this one too: by the failure of another, where that may be what raised here."""
         text = "".join(traceback.format_exception(error))
         if raised_waiting(error, self._options.on_gpu) or isinstance(error, ConnectionError):
+            self._waited_for = str(error).partition("\n")[0]
             self.mark("lost the connection to another rank", patient=True)
             self._say(lost=True)
             self._wake.set()
@@ -347,7 +349,8 @@ class Watch:
             if self._me.rank == 0 and not self._leaving.wait(GRACE):  # it may be about to find the same problem
                 self._tell(f"{self._options.name}: {failure.message(0, len(self._peers))}")
         elif failure.kind != "interrupted":
-            self._tell(f"{self._options.name}: {failure.message(self._me.rank, len(self._peers))}")
+            here = f"\nrank {self._me.rank} was waiting: {self._waited_for}" if self._waited_for else ""
+            self._tell(f"{self._options.name}: {failure.message(self._me.rank, len(self._peers))}{here}")
         if not self._leaving.is_set():
             self._stop.set()
             self._leave(failure.exit_code)

@@ -21,7 +21,7 @@ from itertools import islice
 from types import CodeType, FrameType, TracebackType
 
 _WAITING_FILES = ("torch/distributed/", "abyssal/parallel/launch_meeting.py")
-_WAITING_CALL = re.compile(r"\.(wait|barrier|synchronize)\($")
+_WAITING_CALL = re.compile(r"(\.(wait|barrier|synchronize)|group\.(send|recv))\($")
 _LOCKS = ("threading.py", "concurrent/futures/_base.py", "queue.py")
 """Where a thread stands that waits for another: in ``abyssal.parallel`` that is one that carries tokens to ranks."""
 _WAITING_ON_GPU = re.compile(r"(^|\.)(item|tolist|cpu|float|int|bool|synchronize)\($")
@@ -49,7 +49,12 @@ def main_thread_stack() -> str:
 
 
 def raised_waiting(error: BaseException, on_gpu: bool = False) -> bool:
-    """Whether an exception came out of a wait for other ranks, so that another may be the cause."""
+    """Whether an exception came out of a wait for other ranks, so that another may be the cause.
+
+    What a thread of its own met, or an error that names what was waited for, was raised from it.
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
     last: TracebackType | None = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next

@@ -123,7 +123,7 @@ def test_what_a_pair_leaves_over_is_done_in_the_next_or_by_its_chunk() -> None:
         gradients = []
         for number in (1, 2):
             gradients.append(pair(chunks[1], number, inputs[number], chunks[1], number - 1, None)[1])
-            name = "layers.4.attention.out.weight"
+            name = "layers.4.attention.kv_a.weight"
             if catch_up_between:
                 chunks[1].catch_up()
             elif number == 1:
@@ -200,7 +200,7 @@ def test_unrolled_every_layer_makes_every_move_in_order(interleaving: Interleavi
             assert moves.index((place, after)) < moves.index((place, SHARED)) < moves.index((place, before))
     left_over = interleaving.left_over(*counts)
     before = [one for one in placed if one.place < 0]
-    assert [one.move for one in before] == [Move("weight", "attention_out")] * (interleaving is V3)
+    assert [one.move for one in before] == [Move("weight", "attention_in")] * (interleaving is V3)
     assert len(left_over) == (interleaving is V3 and counts[1] >= counts[0])
     placed = [one for one in placed if one.place >= 0] + left_over
     weights = [(one.place, one.move) for one in placed if one.move.verb == "weight"]

@@ -172,7 +172,11 @@ def test_where_an_exception_was_raised() -> None:
         {}["peer"]
     except KeyError as error:
         caught.append(error)
-    assert [raised_waiting(error) for error in caught] == [True, False]
+    try:
+        raise RuntimeError("micro-batch 3 did not come") from caught[0]
+    except RuntimeError as error:
+        caught.append(error)
+    assert [raised_waiting(error) for error in caught] == [True, False, True]
 
 
 def test_the_main_thread_is_seen_to_stand_still_and_to_move() -> None:

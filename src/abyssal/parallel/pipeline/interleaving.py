@@ -181,11 +181,11 @@ V3 = Interleaving.parse(
     "v3",
     """
     F start dispatch
-    B weight attention_out behind | B run shared | B wait combine | B run experts | B start dispatch
+    B weight attention_in behind | B run shared | B wait combine | B run experts | B start dispatch
     B weight shared | B weight experts
     F wait dispatch | F run shared | F run experts | F start combine
     B wait dispatch | B run attention_out | B run attention_in | B run finish ahead | B start combine ahead
-    B weight attention_in
+    B weight attention_out
     F wait combine | F run finish | F run attention_in ahead | F run attention_out ahead
     """,
 )
