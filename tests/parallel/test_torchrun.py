@@ -63,7 +63,7 @@ def _record(out: Path) -> dict[str, Any]:
     return json.loads((out / "run.json").read_text(encoding="utf-8"))
 
 
-PIPELINE = "--schedule 1f1b --micro-batch-size 2".split()
+PIPELINE = ["--schedule", "1f1b", "--micro-batch-size", "2"]
 
 
 @pytest.mark.parametrize("mesh", ["dp=2,ep=2", "pp=2,dp=1", None])

@@ -35,6 +35,8 @@ from abyssal.parallel.watch_slow import SlowRank, SlowRanks
 from abyssal.parallel.watch_stack import main_thread_stack, main_thread_stands, raised_waiting
 
 _FAILURE = "failure"
+LAST_WORD = 0.5
+"""Seconds that the main thread has to say so when another rank is gone; it may be computing."""
 GRACE = 3.0
 """Seconds that a rank which was told to end, or has lost the store, gives the reason to arrive."""
 LEAVING = 30.0
@@ -91,7 +93,7 @@ class Watch:
         self._gone: set[int] = set()
         self._slow: list[SlowRank] = []
         self._failure: Failure | None = None
-        self._waited_for = ""
+        self._waited_for, self._lost = "", threading.Event()
         self._lock, self._ended = threading.Lock(), False
         self._wake, self._stop = threading.Event(), threading.Event()
         self._leaving, self._over = threading.Event(), threading.Event()
@@ -180,7 +182,9 @@ class Watch:
         """End all ranks, this one too: by the failure of another, where that may be what raised here."""
         text = "".join(traceback.format_exception(error))
         if raised_waiting(error, self._options.on_gpu) or isinstance(error, ConnectionError):
-            self._waited_for = str(error).partition("\n")[0]
+            if error.__cause__ is not None:  # one that names what was waited for; the transport's own words help nobody
+                self._waited_for = str(error).removesuffix(f": {error.__cause__}").partition("\n")[0]
+            self._lost.set()
             self.mark("lost the connection to another rank", patient=True)
             self._say(lost=True)
             self._wake.set()
@@ -345,6 +349,8 @@ class Watch:
             return
         if failure.kind == "silent":
             self._local.kill(failure.rank)
+        if failure.kind == "ended":
+            self._lost.wait(LAST_WORD)  # the main thread is about to find what it now waits for in vain
         if failure.kind == "problem":
             if self._me.rank == 0 and not self._leaving.wait(GRACE):  # it may be about to find the same problem
                 self._tell(f"{self._options.name}: {failure.message(0, len(self._peers))}")
