@@ -44,10 +44,11 @@ def start(pieces: Sequence[tuple[Tensor, Tensor]], received: Sequence[int], sent
         sent: rows to each rank, as they lie in what is sent.
     """
     if pieces[0][0].is_cuda:
-        return Works([
-            distributed.all_to_all_single(target, rows, [*received], [*sent], group=group, async_op=True)
-            for target, rows in pieces
-        ])  # fmt: skip
+        works: list[Any] = []
+        for target, rows in pieces:
+            splits = [*received], [*sent]
+            works.append(distributed.all_to_all_single(target, rows, *splits, group=group, async_op=True))
+        return Works(works)
     arriving = [_by_peer(target, received) for target, _ in pieces]
     leaving = [_by_peer(rows, sent) for _, rows in pieces]
     own = group.rank()

@@ -40,8 +40,8 @@ class Peers:
         self, rows: Tensor, more: Tensor, sent: Sequence[int], received: Sequence[int], counted: LinkBytes
     ) -> tuple[Tensor, Tensor, Work | None]:
         """The same of two tensors with as many rows."""
-        targets = [self._target(each, received) for each in (rows, more)]
-        return *targets, self._start([*zip(targets, (rows, more), strict=True)], sent, received, counted)
+        first, second = self._target(rows, received), self._target(more, received)
+        return first, second, self._start([(first, rows), (second, more)], sent, received, counted)
 
     def _target(self, rows: Tensor, received: Sequence[int]) -> Tensor:
         return rows if self.size == 1 else rows.new_empty(sum(received), *rows.shape[1:])
