@@ -57,6 +57,11 @@ def test_so_they_are_with(name: str, workers: WorkerPool) -> None:
     check(FEATURES[name], workers, name if FEATURES[name].config else "", FEW)
 
 
+@pytest.mark.slow
+def test_so_they_are_on_eight_ranks(workers: WorkerPool) -> None:
+    check(Case("pp=4,dp=2,ep=2", micro_batch_size=1, num_layers=4, masked=True), workers, steps=FEW)
+
+
 @pytest.mark.parametrize("precision", BOUNDS)
 def test_one_step_in_lower_precision(precision: str, workers: WorkerPool) -> None:
     """Within the bounds of ranks without a pipeline."""
