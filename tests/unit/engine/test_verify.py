@@ -49,7 +49,8 @@ def _texts(params: SamplingParams) -> dict[tuple[int, ...], np.ndarray]:
     ("params", "draws", "by_rejection"),
     [
         pytest.param(SamplingParams(), 20_000, True, id="by rejection"),
-        pytest.param(SamplingParams(), 100_000, False, id="by the target's choice"),
+        pytest.param(SamplingParams(), 20_000, False, id="by the target's choice"),
+        pytest.param(SamplingParams(), 100_000, False, id="by the target's choice, often", marks=pytest.mark.slow),
         *[
             pytest.param(params, 8_000, by_rejection, id=f"{name}, {'rejected' if by_rejection else 'chosen'}")
             for by_rejection in (True, False)
