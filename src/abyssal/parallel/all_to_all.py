@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 
 
 class Work(Protocol):
-    """A collective under way."""
+    """Communication under way."""
 
     def wait(self) -> object: ...
 

@@ -32,7 +32,7 @@ from abyssal.parallel.watch_exit import SignalPipe, leave_process, tell_at_once
 from abyssal.parallel.watch_failure import Failure, Kind
 from abyssal.parallel.watch_peers import LocalPeers
 from abyssal.parallel.watch_slow import SlowRank, SlowRanks
-from abyssal.parallel.watch_stack import main_thread_stack, main_thread_stands, raised_waiting
+from abyssal.parallel.watch_stack import main_thread_stack, main_thread_stands, raised_waiting, root_of
 
 _FAILURE = "failure"
 LAST_WORD = 0.5
@@ -182,8 +182,9 @@ class Watch:
         """End all ranks, this one too: by the failure of another, where that may be what raised here."""
         text = "".join(traceback.format_exception(error))
         if raised_waiting(error, self._options.on_gpu) or isinstance(error, ConnectionError):
-            if error.__cause__ is not None:  # one that names what was waited for; the transport's own words help nobody
-                self._waited_for = str(error).removesuffix(f": {error.__cause__}").partition("\n")[0]
+            root = root_of(error)
+            if root is not error:  # it names what was waited for; the transport's own words help nobody
+                self._waited_for = str(error).removesuffix(f": {root}").partition("\n")[0]
             self._lost.set()
             self.mark("lost the connection to another rank", patient=True)
             self._say(lost=True)
@@ -349,7 +350,7 @@ class Watch:
             return
         if failure.kind == "silent":
             self._local.kill(failure.rank)
-        if failure.kind == "ended":
+        if failure.kind == "ended" and threading.current_thread() is not threading.main_thread():
             self._lost.wait(LAST_WORD)  # the main thread is about to find what it now waits for in vain
         if failure.kind == "problem":
             if self._me.rank == 0 and not self._leaving.wait(GRACE):  # it may be about to find the same problem

@@ -48,14 +48,19 @@ def main_thread_stack() -> str:
     return "".join(traceback.format_stack(_main_frame()))
 
 
+def root_of(error: BaseException) -> BaseException:
+    """What an exception was raised from in the first place: itself, where it was raised from nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def raised_waiting(error: BaseException, on_gpu: bool = False) -> bool:
     """Whether an exception came out of a wait for other ranks, so that another may be the cause.
 
     What a thread of its own met, or an error that names what was waited for, was raised from it.
     """
-    while error.__cause__ is not None:
-        error = error.__cause__
-    last: TracebackType | None = error.__traceback__
+    last: TracebackType | None = root_of(error).__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     return last is not None and is_waiting(last.tb_frame.f_code, last.tb_lasti, on_gpu)

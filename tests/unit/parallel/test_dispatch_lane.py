@@ -9,6 +9,7 @@ import torch
 
 from abyssal.parallel.dispatch.lane import CommunicationError, Lane
 from abyssal.parallel.dispatch.links import LinkBytes, Traffic
+from abyssal.parallel.watch_stack import root_of
 
 
 @pytest.fixture
@@ -45,8 +46,13 @@ def test_a_failure_is_raised_by_wait_each_time_and_ends_what_comes_after(lane) -
     with pytest.raises(CommunicationError) as again:
         broken.wait()
     assert isinstance(again.value.__cause__, OSError)
-    with pytest.raises(CommunicationError, match=r"^combine of layer 1: not done, because before it: dispatch of l"):
+    with pytest.raises(
+        CommunicationError, match=r"^combine of layer 1: not done, because before it: dispatch of l"
+    ) as late:
         after.wait()
+    assert root_of(late.value) is again.value.__cause__, (
+        "what comes after tells, too, that another rank may be the cause"
+    )
     assert before.wait() == 5
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from abyssal.model.lora import LoraConfig, add_lora
 from abyssal.model.transformer import Transformer
 from abyssal.parallel.pipeline.chunk import ModelChunk
+from abyssal.parallel.pipeline.chunk_pass import ChunkPass
 from abyssal.parallel.pipeline.executor import Pair, one_after_the_other
 from abyssal.parallel.pipeline.interleaving import (
     BACKWARD_ROW,
@@ -139,6 +140,23 @@ def test_what_a_pair_leaves_over_is_done_in_the_next_or_by_its_chunk() -> None:
     wanted, found = three(True), three(False)
     assert all(torch.equal(found[name], gradient) for name, gradient in wanted.items())
     assert found.keys() == wanted.keys()
+
+
+def test_weights_left_over_that_fail_name_stage_and_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(SPEC, CONFIG)
+    chunk, parts = ModelChunk(model, range(4, 8), 1, 2), micro_batches(model, batch(2), 2)
+    chunk.begin(parts)
+    x_TD = torch.zeros(len(parts[0].inputs[0]), SPEC.hidden_size, dtype=torch.float64)
+    chunk.forward(0, x_TD)
+    OverlappedPair()(chunk, 1, x_TD, chunk, 0, None)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(ChunkPass, "move", fail)
+    with pytest.raises(MemoryError) as caught:
+        chunk.catch_up()
+    assert caught.value.__notes__ == ["in weight attention_in of stage 1 for micro-batch 0, left over by a pair"]
 
 
 def changed(change: Callable[[list[Instruction]], Any]) -> Callable[[], Interleaving]:

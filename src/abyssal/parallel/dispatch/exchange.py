@@ -1,4 +1,4 @@
-"""Uneven all-to-all of rows in one group of ranks: the one collective that the dispatchers use."""
+"""Uneven all-to-all of rows in one group of ranks: all that the dispatchers send."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def _serve(jobs: Jobs, device: torch.device, stream: torch.cuda.Stream | None) -
     """The thread's life.  It does not know the lane, which may so be forgotten."""
     if stream is not None:
         torch.cuda.set_device(device)
-    failure: str | None = None
+    failure: Exception | None = None
     with torch.no_grad(), torch.cuda.stream(stream):
         while (job := jobs.get()) is not None:
             job.run(failure)
@@ -95,16 +95,17 @@ class Job(Generic[Result]):
         """When the work was done, or on a GPU enqueued, by ``time.perf_counter``."""
 
     @property
-    def failure(self) -> str | None:
+    def failure(self) -> Exception | None:
         """What failed, once it has."""
-        return None if self._error is None else str(self._error)
+        return self._error
 
-    def run(self, earlier_failure: str | None) -> None:
+    def run(self, earlier_failure: Exception | None) -> None:
         """On the lane's thread: the work, or the failure of what came before it."""
         assert self._function is not None
         try:
             if earlier_failure is not None:
-                raise CommunicationError(f"{self._doing}: not done, because before it: {earlier_failure}")
+                message = f"{self._doing}: not done, because before it: {earlier_failure}"
+                raise CommunicationError(message) from earlier_failure
             if self._stream is not None and self._given is not None:
                 self._stream.wait_event(self._given)
             self._result = self._function()

@@ -7,7 +7,8 @@ shallowest layers with the embedding and the deepest with the head are on one ra
 
 Every block is run as cut stages (``model/stages.py``), also where nothing is interleaved, so that any forward can be
 paired with any backward.  ``I`` gives the gradient of the input and of what cannot wait (norms, embedding, head);
-``W`` runs the queued products of weights.  A pass's graphs are gone after ``I``, its queues after ``W``.
+``W`` runs the queued products of weights.  A pass's graphs are gone after ``I``, its queues after ``W``, but for what a
+pair leaves over: weights of one stage of one block, until the next pair or the next ``W`` of the chunk.
 
 Legend: T tokens, D model.
 """
@@ -91,7 +92,7 @@ class ModelChunk:
         self._layers = layers
         self._micro_batches: Sequence[MicroBatch] = ()
         self._passes: dict[int, ChunkPass] = {}
-        self._left_over: list[tuple[ChunkPass, Placed]] = []
+        self._left_over: list[tuple[int, ChunkPass, Placed]] = []
 
     @property
     def is_first(self) -> bool:
@@ -125,12 +126,18 @@ class ModelChunk:
     def put_off(self, micro_batch: int, moves: Sequence[Placed]) -> None:
         """Forget a pass whose weights' part has been run stage by stage, but for ``moves``, which are due."""
         one = self._passes.pop(micro_batch)
-        self._left_over += [(one, move) for move in moves]
+        self._left_over += [(micro_batch, one, move) for move in moves]
 
     def catch_up(self) -> None:
         left_over, self._left_over = self._left_over, []
-        for one, placed in left_over:
-            one.move(placed.side, placed.place, placed.move)
+        for micro_batch, one, placed in left_over:
+            try:
+                one.move(placed.side, placed.place, placed.move)
+            except Exception as error:
+                error.add_note(
+                    f"in {placed.move} of stage {self.stage} for micro-batch {micro_batch}, left over by a pair"
+                )
+                raise
 
     def start_pass(self, micro_batch: int, x_TD: Tensor | None) -> ChunkPass:
         """The pass of a micro-batch, before its forward: for what runs it stage by stage."""

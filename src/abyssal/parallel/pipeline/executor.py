@@ -113,8 +113,7 @@ class Executor:
                 raise
             for work, result in zip(action.works, made, strict=True):
                 self._give(work, result, boundary)
-        for chunk in self._chunks:
-            chunk.catch_up()
+        self._catch_up()
         self._messages.finish()
         return self._stopwatch.times()
 
@@ -141,6 +140,14 @@ class Executor:
         if work.kind != "I":
             chunk.backward_weight(work.micro_batch)
         return (dx_TD,)
+
+    def _catch_up(self) -> None:
+        for chunk in self._chunks:
+            try:
+                chunk.catch_up()
+            except Exception as error:
+                error.add_note(f"in rank {self.rank} of the pipeline, at the end of the step")
+                raise
 
     def _give(self, work: Work, result: Tensor | None, boundary: Boundary) -> None:
         message = self._makes[work]

@@ -116,7 +116,7 @@ class Interleaving:
             if not words:
                 continue
             known = {str(move) for move in (*FORWARD_ROW, *BACKWARD_ROW, *WEIGHTS)}
-            shifts = [shift for shift, text in _SHIFTED.items() if text.split() == words[3:]]
+            shifts = [shift for shift, suffix in _SHIFTED.items() if suffix.split() == words[3:]]
             if words[0] not in ("F", "B") or " ".join(words[1:3]) not in known or not shifts:
                 raise ValueError(f"interleaving {name}: {part.strip()!r} is no move; write it like 'F start dispatch'")
             found.append(Instruction(words[0], Move(words[1], words[2]), shifts[0]))  # type: ignore[arg-type]
