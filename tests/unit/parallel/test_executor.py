@@ -127,6 +127,37 @@ class Nothing(SleepingChunk):
         return None
 
 
+class LeavesOver(SleepingChunk):
+    """Its last weights wait until it is told to catch up, as a pair's do."""
+
+    def backward_weight(self, micro_batch: int) -> None:
+        self.catch_up()
+        self.late = micro_batch
+
+    def catch_up(self) -> None:
+        late, self.late = getattr(self, "late", None), None
+        if late is not None:
+            super().backward_weight(late)
+
+
+class FailsLate(LeavesOver):
+    def catch_up(self) -> None:
+        if getattr(self, "late", None) == 5:
+            raise MemoryError("no more")
+        super().catch_up()
+
+
+def test_what_is_left_over_is_done_before_a_step_ends() -> None:
+    for chunks, _ in results(run(schedule("1f1b", 2, 6), stage0=LeavesOver, stage1=LeavesOver)):
+        done = chunks[0].done
+        half = len(done) // STEPS
+        for step in (done[:half], done[half:]):
+            assert sorted(step) == [(kind, number) for kind in "FIW" for number in range(6)]
+    found = run(schedule("1f1b", 2, 6), stage1=FailsLate, timeout=2.0)
+    assert isinstance(found[1], MemoryError)
+    assert found[1].__notes__ == ["in rank 1 of the pipeline, at the end of the step"]
+
+
 class Fails(SleepingChunk):
     def forward(self, micro_batch: int, x_TD: Tensor | None) -> Tensor | None:
         if micro_batch == 3:
